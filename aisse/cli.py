@@ -1,0 +1,257 @@
+"""The commands: the only place with arguments, environment and signals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import structlog
+from pydantic import ValidationError
+
+import aisse
+from aisse import app, log
+from aisse.errors import ConfigError
+from aisse.settings import ENV_PREFIX, MASK, SECRETS, Loaded, Settings, load, shown
+from aisse.simulator import Script, Simulator
+from aisse.simulator.script import first_error
+from aisse.upstream import PROVIDER_KEYS, key_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from pydantic import BaseModel
+
+EX_CONFIG = 78  # sysexits.h: something was found unconfigured or misconfigured
+
+# What a process needs besides two descriptors a stream: the log, the loop, the listener, spare ones for probes.
+_SPARE_DESCRIPTORS = 64
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 when it went well, 78 with one line for a wrong name or value."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        file = _config_file(arguments)
+        known, unknown = _parser(file).parse_known_args(arguments)
+        options = vars(known)
+        command: Callable[[dict[str, Any], Path | None], None] = options.pop("command")
+        options.pop("config", None)
+        if unknown:
+            raise ConfigError(_unknown(unknown[0]))
+        command(options, file)
+    except ConfigError as error:
+        _refuse(str(error))
+
+
+def _unknown(argument: str) -> str:
+    # No more than a flag's name: what stands after it may be a key.
+    flag = argument.partition("=")[0]
+    name = flag.removeprefix("--").replace("-", "_")
+    if name in SECRETS:
+        return f"{flag}: other users of this machine can read flags; set {ENV_PREFIX}{name.upper()} instead"
+    return (
+        f"{flag}: there is no such flag; --help lists them" if flag.startswith("-") else "there is an argument too many"
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"aisse: {message}", file=sys.stderr)
+    sys.exit(EX_CONFIG)
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+
+def _serve(flags: dict[str, Any], file: Path | None) -> None:
+    settings = load(flags, os.environ, file).settings
+    log.configure(settings.log_format, settings.log_level)
+    _raise_descriptor_limit(settings.max_streams)
+
+    def key(base_url: str) -> str | None:
+        found = key_for(base_url, settings, os.environ)
+        return found[0] if found is not None else None
+
+    def announce(url: str, upstream: str) -> None:
+        explained = {
+            "simulator": " (built in: no key, no network, scripted answers)",
+            "local": " (a small model on this machine: no key, no network)",
+        }.get(upstream, "")
+        print(f"aisse {aisse.__version__} on {url}\nupstream: {upstream}{explained}", flush=True)
+
+    async def run() -> None:
+        await app.serve(settings, _stop_on_signals(), key_for=key, announce=announce)
+
+    _run(run())
+
+
+def _config(flags: dict[str, Any], file: Path | None) -> None:
+    loaded = load(flags, os.environ, file)
+    rows = [(name, shown(name, getattr(loaded.settings, name)), loaded.origins[name]) for name in Settings.model_fields]
+    # A mask is no value: as a comment it cannot be taken for one when this is kept as a file.
+    rows = [(f"# {name}" if name in SECRETS and value != '""' else name, value, origin) for name, value, origin in rows]
+    if loaded.settings.upstream not in {"simulator", "local"}:
+        found = key_for(loaded.settings.upstream, loaded.settings, os.environ)
+        rows.append(("# key for upstream", MASK if found else "none", found[1] if found else ""))
+    name_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for name, value, origin in rows:
+        print(f"{name:<{name_width}} = {value:<{value_width}}  # {origin}".rstrip(" #"))
+
+
+def _simulate(flags: dict[str, Any], _file: Path | None) -> None:
+    host, port = flags.pop("host"), flags.pop("port")
+    try:
+        script = Script.model_validate(flags)
+    except ValidationError as error:
+        name, _, message = first_error(error).partition(": ")
+        _refuse(f"--{name.replace('_', '-')}: {message}")
+
+    async def run() -> None:
+        stop = _stop_on_signals()
+        simulator = Simulator(script, host=host, port=port)
+        try:
+            try:
+                url = await simulator.start()
+            except (OSError, UnicodeError) as error:
+                why = getattr(error, "strerror", None) or "that is no host name"
+                raise ConfigError(f"--host, --port: cannot listen on {host}:{port}: {why}") from None
+            print(f"aisse {aisse.__version__} simulator on {url}", flush=True)
+            await stop.wait()
+        finally:
+            await simulator.close()
+
+    _run(run())
+
+
+# --- the process ----------------------------------------------------------------------------------------------
+
+
+def _run(main_coroutine: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop  # noqa: PLC0415 - it does not exist everywhere
+    except ImportError:
+        asyncio.run(main_coroutine)
+    else:
+        uvloop.run(main_coroutine)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _raise_descriptor_limit(max_streams: int) -> None:
+    """A stream needs two: its reader's and its upstream's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < 2 * max_streams + _SPARE_DESCRIPTORS:
+        structlog.get_logger("aisse.cli").warning(
+            "too few open files for max_streams; raise the limit (LimitNOFILE, ulimit -n) or lower max_streams",
+            open_files=hard,
+            needed=2 * max_streams + _SPARE_DESCRIPTORS,
+        )
+
+
+# --- arguments ------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else here does, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        # What follows is what was typed; it may be a secret in the wrong place.
+        where, unknown, _ = message.removeprefix("argument ").partition("invalid choice")
+        raise ConfigError(f"{where}{'there is no such command' if unknown else ''}; --help shows how")
+
+
+def _config_file(arguments: Sequence[str]) -> Path | None:
+    """`--config` ahead of everything else: the help texts show what the file says."""
+    early = _Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    found: Path | None = early.parse_known_args(arguments)[0].config
+    return found
+
+
+def _parser(file: Path | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="aisse",
+        description="Relays AI token streams to browsers as Server-Sent Events.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"aisse {aisse.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    keys = ", ".join(variable for variable, _, _ in PROVIDER_KEYS)
+    epilog = (
+        f"Each setting is also an environment variable ({ENV_PREFIX}HEARTBEAT_S) and a name in the TOML file. "
+        f"Secrets are no flags: {', '.join(ENV_PREFIX + name.upper() for name in sorted(SECRETS))}, "
+        f"{keys} (by environment, each sent to its own host alone), or the systemd credential upstream_key."
+    )
+    loaded = _loaded_for_help(file)
+    for name, command, text in (
+        ("serve", _serve, "run the server"),
+        ("config", _config, "show every setting, its value and where it came from"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
+        sub.set_defaults(command=command)
+        sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+        _add_flags(sub, Settings, loaded)
+
+    sub = commands.add_parser(
+        "simulate",
+        help="run the built-in upstream alone",
+        description="Runs an Anthropic-format API that needs no key and answers from a script, faults included. "
+        "`[[name=value ...]]` in a prompt overrides a flag for its own answer; GET /stats counts.",
+        allow_abbrev=False,
+    )
+    sub.set_defaults(command=_simulate)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    sub.add_argument("--port", type=_port, default=0, help="TCP port (default: a free one)")
+    _add_flags(sub, Script, None)
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:  # uvloop would take it modulo 65536
+        raise argparse.ArgumentTypeError("must be 0 to 65535")
+    return int(text)
+
+
+def _loaded_for_help(file: Path | None) -> Loaded | None:
+    try:
+        return load({}, os.environ, file)
+    except ConfigError:
+        return None  # the command itself will say it
+
+
+def _add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], loaded: Loaded | None) -> None:
+    """A flag for each field. Values stay strings: the model checks them, whichever source they come from."""
+    for name, field in model.model_fields.items():
+        if name in SECRETS:
+            continue
+        if loaded is not None:
+            now = f"{shown(name, getattr(loaded.settings, name))}, {loaded.origins[name]}"
+        else:
+            now = f"default: {'none' if field.default is None else shown(name, field.default)}"
+        flag = "--" + name.replace("_", "-")
+        help_text = f"{field.description} ({now})".replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
+        else:
+            unit = "SECONDS" if name.endswith("_s") else "BYTES" if name.endswith("_bytes") else name.upper()
+            parser.add_argument(flag, default=argparse.SUPPRESS, metavar=unit, help=help_text)

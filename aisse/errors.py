@@ -1,0 +1,89 @@
+"""Every error that aisse raises on purpose, in one tree.
+
+AisseError
+├── ConfigError               the start is refused (exit 78, sysexits' EX_CONFIG)
+├── RequestError              the client's request is at fault, or cannot be taken now: a 4xx or 503 of ours
+└── StreamError               what ends a stream otherwise than complete
+    ├── UpstreamError         the upstream refused, failed or said so in an `error` event
+    └── LimitError            a bound of ours was reached
+
+Messages say what to do and never carry keys, prompts, completions or an upstream's text.
+The one exception is UpstreamError.message, which is made for the client's eyes, is shortened,
+and goes out JSON-encoded only; logs carry its `kind` and `upstream_status`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# An upstream's own words are cut here before they reach a client.
+MESSAGE_CHARS = 500
+
+
+class AisseError(Exception):
+    """Base of all errors of this package."""
+
+
+@dataclass(eq=False)
+class ConfigError(AisseError):
+    """A setting is wrong or a needed part is missing: one line that names it."""
+
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(eq=False)
+class RequestError(AisseError):
+    """A request is refused: `status`, the protocol's error `kind`, and the `field` at fault where there is one."""
+
+    status: int
+    kind: str
+    message: str
+    field: str | None = None
+    retry_after_s: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+    def body(self) -> dict[str, object]:
+        """The error as clients get it, in the shape of an `error` event."""
+        return error_body(self.kind, str(self), self.field)
+
+
+@dataclass(eq=False)
+class StreamError(AisseError):
+    """Ends a stream with `error` and `end`; `status` is what a client gets that has not been answered yet."""
+
+    kind: str
+    message: str
+    status: int = 502
+    retry_after: str | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, object]:
+        """`data:` of the `error` event."""
+        return error_body(self.kind, self.message)
+
+
+@dataclass(eq=False)
+class UpstreamError(StreamError):
+    """The upstream refused, broke off, kept silent, or sent an `error` event."""
+
+    upstream_status: int | None = None
+
+
+@dataclass(eq=False)
+class LimitError(StreamError):
+    """A bound in bytes or streams was reached."""
+
+
+def error_body(kind: str, message: str, field: str | None = None) -> dict[str, object]:
+    """The one shape of an error, on a response and in an `error` event."""
+    error: dict[str, object] = {"type": kind, "message": message}
+    if field is not None:
+        error["field"] = field
+    return {"type": "error", "error": error}

@@ -1,0 +1,385 @@
+"""Every stream and every reader: admission, the relays' tasks, and one sweep a second over them.
+
+The sweep is the only clock of running streams: heartbeats, stalled readers, streams that nobody reads, upstreams
+that are late, retention. One task for all keeps an idle stream at two parked coroutines and no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import secrets
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING
+
+import structlog
+
+from aisse.errors import RequestError, StreamError, UpstreamError
+from aisse.relay import Relay
+from aisse.replay import MemoryLog, ReplayMemory
+from aisse.stream import Reason, State, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aisse.reader import Reader
+    from aisse.settings import Settings
+    from aisse.upstream import Upstream
+
+Key = tuple[bytes, str]
+"""Whose Idempotency-Key (a digest of the access token, empty without) and the key itself."""
+
+SWEEP_S = 1.0
+
+# What a finished stream takes beside its frames: 1.7 KB as tracemalloc counts it, 1.9 KB of resident memory. Uncounted,
+# a crowd of tiny answers would take several times replay_bytes.
+KEPT_BYTES = 2 << 10
+
+# How many streams the sweep looks at before other tasks get a turn, so that it delays no token by more than that.
+_SWEEP_BATCH = 100
+
+# Loop lag above this, and so many failures in a row, make the service `degraded`.
+_LAG_S = 0.5
+_FAILURES = 5
+
+# Span over which a rate of tokens is shown.
+_RATE_S = 10
+
+_NOT_FAILED = frozenset({Reason.COMPLETE, Reason.STOPPED, Reason.ABANDONED})
+
+_log = structlog.get_logger("aisse.registry")
+
+
+class Registry:
+    """Owns the streams. `start` and `close` bracket its life; everything between runs on one event loop."""
+
+    def __init__(self, settings: Settings, upstream: Upstream) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._memory = ReplayMemory(settings.replay_bytes)
+        self._running: dict[str, Stream] = {}
+        self._finished: OrderedDict[str, Stream] = OrderedDict()  # oldest end first
+        self._keys: dict[Key, tuple[Stream, bytes]] = {}
+        self._readers: set[Reader] = set()
+        self._relays: dict[str, tuple[Relay, asyncio.Task[None]]] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+        self.closing = False
+        self._idle: asyncio.Future[None] | None = None
+        self.generations = 0
+        self.failed = 0
+        self._output_tokens = 0  # of streams that have ended
+        self.loop_lag_s = 0.0
+        self._failures_in_a_row = 0
+        self._content_events = 0  # of streams that have ended
+        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_S + 1)
+
+    async def start(self) -> None:
+        """Starts the sweep."""
+        self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="registry sweep")
+
+    async def drain(self, drain_s: float) -> None:
+        """Takes no new streams, and returns when all have ended and been read, or after `drain_s`."""
+        self.closing = True
+        self._idle = asyncio.get_running_loop().create_future()
+        self._tell_idle()
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._idle
+        except TimeoutError:
+            _log.warning("streams still run at the end of the drain", streams=len(self._running))
+        finally:
+            self._idle = None
+
+    async def close(self) -> None:
+        """Ends every stream as `shutdown`, cancels and awaits every task. Idempotent."""
+        self.closing = True
+        for stream in list(self._running.values()):
+            self.end(stream, Reason.SHUTDOWN)
+        tasks = [task for _, task in self._relays.values()]
+        for task in tasks:
+            task.cancel()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            tasks.append(self._sweeper)
+            self._sweeper = None
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- streams ----------------------------------------------------------------------------------------------
+
+    def get(self, stream_id: str) -> Stream:
+        """The stream of that id, running or retained. Raises RequestError (404)."""
+        stream = self._running.get(stream_id) or self._finished.get(stream_id)
+        if stream is None:
+            raise RequestError(404, "not_found_error", "there is no such stream; it may have expired")
+        return stream
+
+    def stop(self, stream: Stream) -> None:
+        """Somebody asked for it. Idempotent, also for a stream that has ended."""
+        self.end(stream, Reason.STOPPED)
+
+    def create_once(self, key: Key, body: bytes, leave_s: float) -> Stream:
+        """As `create`, but once for a key: the same key gets the stream that it started.
+
+        A key is remembered for as long as its stream is. Raises RequestError (422) for one that came with another
+        body. Nothing waits in here, so that of two requests that race the second finds the first's stream.
+        """
+        # The same request in other words is the same; `body` itself goes to the upstream as it was asked.
+        digest = hashlib.sha256(json.dumps(json.loads(body), sort_keys=True).encode()).digest()
+        if (known := self._keys.get(key)) is not None:
+            if known[1] != digest:
+                raise RequestError(
+                    422, "invalid_request_error", "was used for another request before", "Idempotency-Key"
+                )
+            return known[0]
+        stream = self.create(body, leave_s)
+        stream.key = key
+        self._keys[key] = stream, digest
+        return stream
+
+    def create(self, body: bytes, leave_s: float) -> Stream:
+        """Starts a generation for `body`, the upstream's request. Raises RequestError (503) where there is no room."""
+        if self.closing:
+            raise RequestError(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
+        if len(self._running) >= self._settings.max_streams:
+            raise RequestError(503, "overloaded_error", "too many answers are being generated", retry_after_s=5)
+        if not self._make_room():
+            raise RequestError(503, "overloaded_error", "the memory for answers is full", retry_after_s=5)
+        # 128 bits from the system: whoever has the id may read the stream, nobody may guess it.
+        stream_id = secrets.token_urlsafe(16)
+        stream = Stream(
+            stream_id,
+            MemoryLog(stream_id, self._memory),
+            now=asyncio.get_running_loop().time(),
+            # One more read of the socket may bring what the kernel holds: twice SO_RCVBUF, socket(7).
+            read_ahead_bytes=max(
+                self._settings.read_ahead_bytes // 2,
+                self._settings.read_ahead_bytes - 2 * self._settings.receive_buffer_bytes,
+            ),
+            stream_bytes=self._settings.stream_bytes,
+            leave_s=leave_s,
+            on_left=self._left,
+            on_end=self._ended,
+        )
+        relay = Relay(stream, self._upstream, body, self._settings)
+        task = asyncio.create_task(relay.run(), name=f"relay {stream_id[:8]}")
+        self._running[stream_id] = stream
+        self._relays[stream_id] = relay, task
+        self.generations += 1
+        task.add_done_callback(lambda done: self._relay_done(stream, done))
+        return stream
+
+    def end(self, stream: Stream, reason: Reason, error: StreamError | None = None) -> None:
+        """Ends a stream from outside its relay and closes its upstream's connection at once. Idempotent."""
+        if stream.finish(reason, error) and (owned := self._relays.get(stream.id)) is not None:
+            owned[1].cancel()
+
+    @contextlib.contextmanager
+    def reading(self, reader: Reader) -> Iterator[None]:
+        """Has the sweep look after `reader` for as long as the block runs."""
+        self._readers.add(reader)
+        try:
+            yield
+        finally:
+            self._readers.discard(reader)
+            self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        if self._idle is not None and not self._idle.done() and not self._running and not self._readers:
+            self._idle.set_result(None)
+
+    def _left(self, stream: Stream) -> None:
+        # With no leave time the upstream is cancelled now, not at the next sweep.
+        if stream.leaves_at is not None and stream.leaves_at <= asyncio.get_running_loop().time():
+            self.end(stream, Reason.ABANDONED)
+
+    def _relay_done(self, stream: Stream, task: asyncio.Task[None]) -> None:
+        del self._relays[stream.id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("relay failed", stream_id=stream.id[:8], exc_info=error)
+        # However the relay came to its end, its readers are told. After a run without a bug this does nothing.
+        stream.finish(Reason.ERROR)
+
+    def _ended(self, stream: Stream) -> None:
+        del self._running[stream.id]
+        reason = stream.reason
+        assert reason is not None
+        assert stream.ended is not None
+        self._output_tokens += stream.usage["output_tokens"]
+        self._content_events += stream.content_events
+        if reason not in _NOT_FAILED:
+            self.failed += 1
+        if reason in {Reason.ERROR, Reason.TRUNCATED, Reason.TIMEOUT}:
+            # 4xx are the request's fault and say nothing about the upstream's health.
+            if not (isinstance(stream.error, UpstreamError) and stream.error.status < 500):
+                self._failures_in_a_row += 1
+        elif reason is Reason.COMPLETE:
+            self._failures_in_a_row = 0
+        if stream.refusal is None:
+            self._finished[stream.id] = stream
+            self._memory.used += KEPT_BYTES
+        else:
+            self._release(stream)  # nobody was ever told its id; its key may be tried again
+        error = stream.error
+        _log.info(
+            "stream ended",
+            stream_id=stream.id[:8],
+            reason=reason.value,
+            events=stream.log.last_seq,
+            stream_bytes=stream.log.tail,
+            readers=stream.readers,
+            duration_s=round(stream.ended - stream.created, 3),
+            error_type=error.kind if error is not None else None,
+            upstream_status=error.upstream_status if isinstance(error, UpstreamError) else None,
+            **stream.usage,
+        )
+        self._tell_idle()
+
+    # --- memory -----------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        """Forgets finished streams, oldest end first, while the bound is exceeded; readers at work keep theirs."""
+        memory = self._memory
+        if memory.used < memory.limit:
+            return True
+        for stream in [stream for stream in self._finished.values() if stream.readers == 0]:
+            self._forget(stream)
+            if memory.used < memory.limit:
+                return True
+        return False
+
+    def _forget(self, stream: Stream) -> None:
+        del self._finished[stream.id]
+        self._memory.used -= KEPT_BYTES
+        self._release(stream)
+
+    def _release(self, stream: Stream) -> None:
+        stream.log.discard()
+        if stream.key is not None:
+            self._keys.pop(stream.key, None)
+
+    # --- the sweep --------------------------------------------------------------------------------------------
+
+    async def _sweep_for_ever(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            # From due time to due time, for the sweep's own length would add up; times that were missed are skipped.
+            due += SWEEP_S * max(1, math.ceil((loop.time() - due) / SWEEP_S))
+            await asyncio.sleep(due - loop.time())
+            self.loop_lag_s = max(0.0, loop.time() - due)
+            try:
+                await self._sweep()
+            except Exception:
+                # It guards each record by itself; this is for what is left, and must not stop all heartbeats for ever.
+                _log.exception("sweep failed")
+
+    async def _sweep(self) -> None:
+        now = asyncio.get_running_loop().time()
+        settings = self._settings
+        for count, reader in enumerate(list(self._readers), 1):
+            self._sweep_reader(reader, now)
+            if count % _SWEEP_BATCH == 0:
+                await asyncio.sleep(0)
+        for count, stream in enumerate(list(self._running.values()), 1):
+            self._sweep_stream(stream, now)
+            if count % _SWEEP_BATCH == 0:
+                await asyncio.sleep(0)
+        self._make_room()
+        for stream in list(self._finished.values()):
+            assert stream.ended is not None
+            if now - stream.ended < settings.retention_s:
+                break
+            if stream.readers == 0:
+                self._forget(stream)
+        self._samples.append(
+            (now, self._content_events + sum(stream.content_events for stream in self._running.values()))
+        )
+
+    def _sweep_reader(self, reader: Reader, now: float) -> None:
+        try:
+            stalled_s = reader.stalled_for(now)
+            if stalled_s >= self._settings.stall_s:
+                _log.info(
+                    "reader evicted",
+                    stream_id=reader.stream.id[:8],
+                    stalled_s=round(stalled_s, 1),
+                    buffered_bytes=reader.buffered_bytes,
+                )
+                reader.evict()
+            else:
+                # Half a sweep early rather than half late: a heartbeat leaves within heartbeat_s, give or take half
+                # a second.
+                reader.beat(now, self._settings.heartbeat_s - SWEEP_S / 2, SWEEP_S)
+        except Exception:
+            # Left alone it would be met again in a second, and all who come after it would wait for ever.
+            _log.exception("reader failed", stream_id=reader.stream.id[:8])
+            reader.evict()
+
+    def _sweep_stream(self, stream: Stream, now: float) -> None:
+        if stream.state is State.ENDED:
+            return  # while this sweep let others run
+        try:
+            relay, _ = self._relays[stream.id]
+            if stream.leaves_at is not None and now >= stream.leaves_at:
+                self.end(stream, Reason.ABANDONED)
+            elif (late := relay.overdue(now)) is not None:
+                self.end(stream, Reason.TIMEOUT, late)
+        except Exception:
+            _log.exception("stream failed", stream_id=stream.id[:8])
+            self.end(stream, Reason.ERROR)
+
+    # --- what operators see -----------------------------------------------------------------------------------
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens of all generations, as the upstream has reported them so far."""
+        return self._output_tokens + sum(stream.usage["output_tokens"] for stream in self._running.values())
+
+    @property
+    def active_streams(self) -> int:
+        """Generations that run now."""
+        return len(self._running)
+
+    @property
+    def readers(self) -> int:
+        """Requests that read a stream now."""
+        return len(self._readers)
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes that the logs of running and finished streams hold."""
+        return self._memory.used
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that wait for readers' sockets."""
+        return sum(reader.buffered_bytes for reader in self._readers)
+
+    def stalls(self) -> tuple[int, float]:
+        """How many readers have not taken a byte for longer than a sweep, and the longest such time in seconds."""
+        now = asyncio.get_running_loop().time()
+        stalled = [seconds for reader in self._readers if (seconds := reader.stalled_for(now)) > SWEEP_S]
+        return len(stalled), max(stalled, default=0.0)
+
+    def tokens_per_second(self) -> float:
+        """Content events relayed a second, over the last ten seconds; an Anthropic delta carries about one token."""
+        if len(self._samples) < 2:
+            return 0.0
+        (begun, before), (ended, after) = self._samples[0], self._samples[-1]
+        return (after - before) / (ended - begun)
+
+    def troubles(self) -> list[str]:
+        """What makes the service `degraded`, in words for operators; empty while it is healthy."""
+        troubles = []
+        if self.loop_lag_s > _LAG_S:
+            troubles.append(f"the event loop is {self.loop_lag_s * 1000:.0f} ms late")
+        if self._failures_in_a_row >= _FAILURES:
+            troubles.append(f"the last {self._failures_in_a_row} answers of the upstream failed")
+        if len(self._running) >= self._settings.max_streams:
+            troubles.append("max_streams is reached; new streams get 503")
+        if self._memory.used >= self._memory.limit and not any(s.readers == 0 for s in self._finished.values()):
+            troubles.append("replay_bytes is reached; new streams get 503")
+        return troubles

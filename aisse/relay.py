@@ -1,0 +1,225 @@
+"""One upstream response, cut into numbered frames, published to one stream.
+
+A chunk is relayed in the step of the event loop in which its socket gave it: parsed, numbered, logged and written to
+every reader at the tail, without a task being woken. Where all readers are slow the stream's gate closes, the socket
+is not read any more, its small buffer fills, and TCP tells the upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aisse.errors import LimitError, StreamError, UpstreamError
+from aisse.formats import END, ERROR, PING, RESERVED, AnthropicFormat, Mark
+from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
+from aisse.stream import Reason, Stream
+
+if TYPE_CHECKING:
+    from aisse.body import Body
+    from aisse.settings import Settings
+    from aisse.upstream import Upstream, UpstreamResponse
+
+# After its terminal event an upstream has only the end of its body left to send. Waiting this long for it saves
+# the connection for the next request.
+_TAIL_S = 1.0
+
+
+class Relay:
+    """Runs one generation. `run` is one task's; `overdue` is asked from outside, once a second."""
+
+    __slots__ = (
+        "_body",
+        "_bug",
+        "_bytes",
+        "_created",
+        "_events",
+        "_format",
+        "_id_line",
+        "_last_byte",
+        "_last_content",
+        "_loop",
+        "_parser",
+        "_response_body",
+        "_settings",
+        "_started",
+        "_stream",
+        "_upstream",
+        "_waiter",
+    )
+
+    def __init__(self, stream: Stream, upstream: Upstream, body: bytes, settings: Settings) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        self._upstream = upstream
+        self._body = body
+        self._settings = settings
+        self._format = AnthropicFormat(stream.usage)
+        self._parser = Parser(settings.max_event_bytes)
+        self._id_line = b"\nid: " + stream.id.encode() + b"."
+        self._created = self._loop.time()
+        self._bytes = 0  # as of the last look
+        self._events = 0
+        self._last_byte = 0.0  # 0: none yet
+        self._last_content = self._created
+        self._response_body: Body | None = None
+        self._started = False
+        self._bug: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Relays until the stream has ended, by whomever. Cancellation closes the upstream's connection at once.
+
+        Whatever the upstream does ends as `error` and `end` in the stream; other exceptions are bugs, and leave.
+        """
+        try:
+            response = await self._upstream.open(self._body)
+        except UpstreamError as error:
+            # The stream keeps its error; the frames that it came through would keep the request with it.
+            error.__cause__ = error.__context__ = None
+            reason = Reason.TIMEOUT if error.status == 504 else Reason.ERROR
+            self._stream.finish(reason, error.with_traceback(None))
+            return
+        finally:
+            self._body = b""
+        try:
+            await self._pump(response)
+            await self._read_tail()
+        finally:
+            # Neither does anything where the body was read to its end and the connection is back in the pool.
+            response.raw_body.abort()
+            response.close()
+
+    def overdue(self, now: float) -> StreamError | None:
+        """The upstream's limit that has passed at `now`, if any.
+
+        Asked once a second: what has come since is seen by its count, so that a chunk needs not read the clock.
+        """
+        settings = self._settings
+        held = self._stream.holds_back  # it is we who do not read
+        body = self._response_body
+        if body is not None and (held or body.size > self._bytes):
+            self._bytes = body.size
+            self._last_byte = now
+        if held or self._stream.content_events > self._events:
+            self._events = self._stream.content_events
+            self._last_content = now
+        if now - self._created >= settings.stream_s:
+            return UpstreamError("timeout_error", "the answer took longer than the server allows", 504)
+        if self._last_byte == 0.0:
+            if now - self._created >= settings.first_byte_s:
+                return UpstreamError("timeout_error", "the upstream did not begin its answer in time", 504)
+            return None
+        if now - self._last_byte >= settings.silence_s:
+            return UpstreamError("timeout_error", "the upstream fell silent", 504)
+        if now - self._last_content >= settings.no_content_s:
+            return UpstreamError("timeout_error", "the upstream sends pings only", 504)
+        return None
+
+    async def _pump(self, response: UpstreamResponse) -> None:
+        """Has every chunk relayed as it comes; waits for the end of the stream, and for slow readers."""
+        stream = self._stream
+        self._response_body = body = response.raw_body
+        body.listen(response.content, self._receive, self._receive_end)
+        while stream.reason is None:
+            if self._bug is not None:
+                raise self._bug
+            if stream.holds_back:
+                body.pause()
+                try:
+                    await stream.flow()
+                finally:
+                    body.resume()
+            else:
+                # Paused by `_receive`, and the readers have caught up before this task had its turn.
+                body.resume()
+                await self._woken()
+
+    async def _woken(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _receive(self, chunk: bytes) -> None:
+        stream = self._stream
+        if stream.reason is not None or self._bug is not None:
+            return
+        try:
+            self._publish(self._parser.feed(chunk))
+        except EventTooLargeError as error:
+            self._refuse_event(error)
+        except Exception as error:
+            # The event loop called: it would blame the connection. The task raises it.
+            self._bug = error
+            self._wake()
+            return
+        if stream.holds_back:
+            # At once and not when the task runs: by then the socket may have given more.
+            assert self._response_body is not None
+            self._response_body.pause()
+            self._wake()
+        elif self._stream.reason is not None:
+            self._wake()
+
+    def _receive_end(self) -> None:
+        if self._bug is None:
+            self._stream.finish(Reason.TRUNCATED)
+        self._wake()
+
+    def _refuse_event(self, error: EventTooLargeError) -> None:
+        self._publish(error.args[0])
+        limit = self._settings.max_event_bytes
+        self._stream.finish(
+            Reason.LIMIT, LimitError("limit_error", f"the upstream sent an event of over {limit} bytes")
+        )
+
+    def _publish(self, events: list[RawEvent]) -> None:
+        stream = self._stream
+        seq = stream.log.last_seq
+        observe = self._format.observe
+        id_line = self._id_line
+        frames: list[bytes] = []
+        content = 0
+        end: Mark | None = None
+        body = b""
+        for event_type, body in events:
+            mark = observe(event_type, body)
+            if mark is ERROR:
+                end = mark
+                break
+            if mark is RESERVED:
+                continue
+            seq += 1
+            frames.append(b"%b%b%d\n\n" % (body, id_line, seq))
+            if mark is not PING:
+                content += 1
+            if mark is END:
+                end = mark
+                break
+        stream.content_events += content
+        if frames:
+            stream.publish(frames[0] if len(frames) == 1 else b"".join(frames), seq)
+            if content and not self._started:
+                self._started = True
+                stream.start()
+        if end is END:
+            stream.finish(Reason.COMPLETE)
+        elif end is ERROR:
+            stream.finish(Reason.ERROR, self._upstream.failure(data_of(body)))
+
+    async def _read_tail(self) -> None:
+        body = self._response_body
+        if self._stream.reason is not Reason.COMPLETE or body is None:
+            return
+        try:
+            async with asyncio.timeout(_TAIL_S):
+                while not body.ended:
+                    await self._woken()
+        except TimeoutError:
+            pass  # the answer is complete; only the connection is lost

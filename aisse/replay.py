@@ -1,0 +1,110 @@
+"""The replay log: a stream's frames, in order, from its first to its last.
+
+A position is a byte offset that lies between two frames; 0 is the beginning. Frames carry their own ids, so a
+sequence number is found by looking for its `id:` line: no index is kept beside them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+# A segment is closed once it holds this much: large enough that its overhead vanishes, small enough that one
+# read of it does not flood a socket's buffer.
+SEGMENT_BYTES = 16 << 10
+
+
+class ReplayMemory:
+    """Counts what all logs hold, in bytes, against one bound."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+
+class MemoryLog:
+    """One stream's log in this process's memory. Nothing here waits or fails; bounds are the caller's."""
+
+    __slots__ = ("_id_line", "_lasts", "_memory", "_open", "_segments", "_starts", "last_seq", "tail")
+
+    def __init__(self, stream_id: str, memory: ReplayMemory) -> None:
+        self._id_line = b"\nid: " + stream_id.encode() + b"."
+        self._memory = memory
+        self._segments: list[bytes] = []
+        self._starts: list[int] = []  # position of each closed segment's first byte
+        self._lasts: list[int] = []  # sequence number of each closed segment's last frame
+        self._open = bytearray()
+        self.tail = 0
+        self.last_seq = 0
+
+    def append(self, frames: bytes, last_seq: int) -> None:
+        """Adds whole frames, the last of which has number `last_seq`."""
+        size = len(frames)
+        if size >= SEGMENT_BYTES and not self._open:
+            # Kept as it is: growing a buffer to be copied leaves holes in the heap, a tenth of all that is stored.
+            self._starts.append(self.tail)
+            self._lasts.append(last_seq)
+            self._segments.append(frames)
+        else:
+            self._open += frames
+        self.tail += size
+        self.last_seq = last_seq
+        self._memory.used += size
+        if len(self._open) >= SEGMENT_BYTES:
+            self._close_segment()
+
+    def read(self, position: int, limit: int = SEGMENT_BYTES) -> bytes:
+        """Whole frames from `position` on, at most `limit` bytes of them but at least one; empty at the tail."""
+        closed_end = self.tail - len(self._open)
+        segment: bytes | bytearray
+        if position >= closed_end:
+            segment, offset = self._open, position - closed_end
+        else:
+            index = bisect_right(self._starts, position) - 1
+            segment, offset = self._segments[index], position - self._starts[index]
+        end = len(segment)
+        if end - offset > limit:
+            # Frames end in a blank line and contain none.
+            last = segment.rfind(b"\n\n", offset, offset + limit)
+            end = (last if last >= 0 else segment.index(b"\n\n", offset + limit - 1)) + 2
+        # Of bytes, a slice that is the whole is no copy.
+        return bytes(segment[offset:end])
+
+    def position_after(self, seq: int) -> int:
+        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it."""
+        if seq <= 0:
+            return 0
+        if seq >= self.last_seq:
+            return self.tail
+        index = bisect_left(self._lasts, seq)
+        if index < len(self._segments):
+            segment: bytes | bytearray = self._segments[index]
+            start = self._starts[index]
+        else:
+            segment = self._open
+            start = self.tail - len(self._open)
+        # Data lines cannot contain this: they hold no line end, and it begins with one.
+        line = self._id_line + b"%d\n\n" % seq
+        return start + segment.index(line) + len(line)
+
+    def seal(self) -> None:
+        """Gives back spare memory; called when the stream has ended."""
+        if self._open:
+            self._close_segment()
+
+    def discard(self) -> None:
+        """Forgets everything and gives its memory back; the log must not be used again."""
+        self._memory.used -= self.tail
+        self._segments.clear()
+        self._starts.clear()
+        self._lasts.clear()
+        self._open.clear()
+        self.tail = 0
+
+    def _close_segment(self) -> None:
+        self._starts.append(self.tail - len(self._open))
+        self._lasts.append(self.last_seq)
+        self._segments.append(bytes(self._open))
+        # A new one: clear() would keep the grown allocation of every idle stream.
+        self._open = bytearray()

@@ -1,0 +1,169 @@
+"""`/api/chat`: a prompt in, a stream of events out; reading a stream again, and stopping it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from aiohttp import hdrs, web
+
+from aisse.errors import RequestError
+from aisse.reader import Reader
+from aisse.routes.access import Access
+from aisse.routes.question import read_body, upstream_body
+from aisse.stream import State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aisse.registry import Registry
+    from aisse.settings import Settings
+    from aisse.stream import Stream
+
+# A stream that was asked for by `Prefer: respond-async` waits at least so long for its first reader.
+_FIRST_READER_S = 10.0
+
+# Beyond this JavaScript's numbers have holes.
+_MAX_SEQ = 2**53
+
+_CURSOR = re.compile(r"([A-Za-z0-9_-]{22})\.([0-9]{1,16})")
+
+
+def routes(settings: Settings, registry: Registry) -> list[web.RouteDef]:
+    """The chat API. Handlers raise RequestError and StreamError; `app` turns them into responses."""
+    access = Access(settings)
+
+    async def post(request: web.Request) -> web.StreamResponse:
+        who = access.check(request)
+        cursor = parse_cursor(request.headers.get("Last-Event-ID", ""))
+        if cursor is not None:
+            # Clients repeat their POST on a lost connection: it joins, whatever its body, and never starts anything.
+            await read_body(request, settings)
+            return await read(request, registry.get(cursor[0]), cursor[1])
+        stream = start(request.headers, await read_body(request, settings), who)
+        # Nothing may wait before a reader is attached: a stream that nobody has attached to is nobody's to end.
+        if _prefers_async(request.headers):
+            return await accept(stream)
+        return await read(request, stream, 0)
+
+    def start(headers: Mapping[str, str], body: bytes, who: bytes) -> Stream:
+        # A function of its own, so that the body goes when it has been sent.
+        question = upstream_body(body, settings)
+        leave_s = parse_leave(headers, settings)
+        key = headers.get("Idempotency-Key")
+        if key is None:
+            return registry.create(question, leave_s)
+        if re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
+            raise RequestError(400, "invalid_request_error", "must be 1 to 255 printable characters", "Idempotency-Key")
+        return registry.create_once((who, key), question, leave_s)
+
+    async def get(request: web.Request) -> web.StreamResponse:
+        stream = registry.get(request.match_info["stream"])
+        if _wants_state(request.headers.get(hdrs.ACCEPT, "")):
+            return web.json_response(state_of(stream), headers={"Cache-Control": "no-store"} | _location(stream))
+        text = request.headers.get("Last-Event-ID") or request.query.get("last_event_id", "")
+        cursor = parse_cursor(text or request.query.get("lastEventId", ""))
+        seq = 0
+        if cursor is not None:
+            if cursor[0] != stream.id:
+                raise RequestError(400, "invalid_request_error", "is a cursor of another stream", "Last-Event-ID")
+            seq = cursor[1]
+        compacted = request.query.get("compact") == "1"
+        if stream.state is State.ENDED and seq == stream.log.last_seq:
+            # The one answer on which a native EventSource stops for good.
+            return web.Response(status=204, headers=_location(stream))
+        return await read(request, stream, seq, compacted=compacted)
+
+    async def stop(request: web.Request) -> web.Response:
+        stream = registry.get(request.match_info["stream"])
+        registry.stop(stream)
+        return web.Response(status=204, headers=_location(stream))
+
+    async def read(request: web.Request, stream: Stream, seq: int, *, compacted: bool = False) -> web.StreamResponse:
+        reader = Reader(stream, settings, seq, compacted=compacted)
+        with registry.reading(reader):
+            return await reader.run(request)
+
+    async def accept(stream: Stream) -> web.Response:
+        with stream.asked():
+            await stream.answerable(settings.first_byte_commit_s)
+            stream.expect_reader(asyncio.get_running_loop().time() + _FIRST_READER_S)
+        url = f"/api/chat/{stream.id}"
+        return web.json_response(
+            {"id": stream.id, "url": url, "status": stream.state.value},
+            status=202,
+            headers={hdrs.LOCATION: url} | _location(stream),
+        )
+
+    return [
+        web.post("/api/chat", post),
+        web.get("/api/chat/{stream}", get, allow_head=False),
+        web.delete("/api/chat/{stream}", stop),
+        web.post("/api/chat/{stream}/stop", stop),
+    ]
+
+
+def parse_cursor(text: str) -> tuple[str, int] | None:
+    """Stream and sequence number of `<stream>.<seq>`, None for no text. Raises RequestError (400)."""
+    if not text:
+        return None
+    match = _CURSOR.fullmatch(text)
+    if match is None or int(match[2]) > _MAX_SEQ:
+        raise RequestError(400, "invalid_request_error", "is no cursor of this server", "Last-Event-ID")
+    return match[1], int(match[2])
+
+
+def parse_leave(headers: Mapping[str, str], settings: Settings) -> float:
+    """Seconds for which the stream may run without readers; infinite for `continue`. Raises RequestError (400)."""
+    text = headers.get("Aisse-On-Leave")
+    if text is None:
+        return settings.leave_s
+    if text == "cancel":
+        return 0.0
+    if text == "continue":
+        if not settings.allow_continue:
+            raise RequestError(400, "invalid_request_error", "`continue` is not allowed here", "Aisse-On-Leave")
+        return math.inf
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text) is None:
+        raise RequestError(400, "invalid_request_error", "must be `cancel`, seconds, or `continue`", "Aisse-On-Leave")
+    if float(text) > settings.leave_max_s:
+        raise RequestError(
+            400, "invalid_request_error", f"must be at most {settings.leave_max_s:g} seconds", "Aisse-On-Leave"
+        )
+    return float(text)
+
+
+def state_of(stream: Stream) -> dict[str, object]:
+    """A stream's state as JSON; times are RFC 3339 in UTC."""
+    return {
+        "id": stream.id,
+        "status": stream.state.value,
+        "reason": stream.reason,
+        "events": stream.log.last_seq,
+        "last_event_id": f"{stream.id}.{stream.log.last_seq}",
+        "usage": stream.usage,
+        "created": _time(stream.created_at),
+        "ended": _time(stream.ended_at) if stream.ended_at is not None else None,
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _location(stream: Stream) -> dict[str, str]:
+    return {hdrs.CONTENT_LOCATION: f"/api/chat/{stream.id}"}
+
+
+def _prefers_async(headers: Mapping[str, str]) -> bool:
+    # RFC 7240: preferences are separated by commas, each may have parameters.
+    return any(
+        part.partition(";")[0].strip().lower() == "respond-async" for part in headers.get("Prefer", "").split(",")
+    )
+
+
+def _wants_state(accept: str) -> bool:
+    return "text/event-stream" not in accept and "application/json" in accept

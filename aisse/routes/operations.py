@@ -1,0 +1,73 @@
+"""Health, for people, load balancers and supervisors."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+import aisse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aisse.registry import Registry
+    from aisse.settings import Settings
+
+
+def routes(
+    settings: Settings, registry: Registry, upstream_name: str, uptime_s: Callable[[], float]
+) -> list[web.RouteDef]:
+    """`/health`, `/health/live`, `/health/ready`."""
+
+    async def health(_request: web.Request) -> web.Response:
+        troubles = registry.troubles()
+        stalled, oldest_s = registry.stalls()
+        body: dict[str, object] = {
+            "status": "draining" if registry.closing else "degraded" if troubles else "healthy",
+            "activeStreams": registry.active_streams,
+            "totalRequests": registry.generations,
+            "failedRequests": registry.failed,
+            "totalTokens": registry.output_tokens,
+            "uptimeSeconds": int(uptime_s()),
+            "memoryMB": round(resident_bytes() / (1 << 20)),
+            "tokensPerSecond": round(registry.tokens_per_second(), 1),
+            "readers": registry.readers,
+            "stalledReaders": stalled,
+            "oldestStallSeconds": round(oldest_s, 1),
+            "bufferedBytes": registry.buffered_bytes,
+            "replayBytes": registry.replay_bytes,
+            "eventLoopLagMs": round(registry.loop_lag_s * 1000, 1),
+            "log": settings.log,
+            "upstream": upstream_name,
+            "version": aisse.__version__,
+        }
+        if troubles:
+            body["reasons"] = troubles
+        return web.json_response(body, headers=_UNCACHED)
+
+    async def live(_request: web.Request) -> web.Response:
+        return web.json_response({"status": "live"}, headers=_UNCACHED)
+
+    async def ready(_request: web.Request) -> web.Response:
+        if registry.closing:
+            return web.json_response({"status": "draining"}, status=503, headers=_UNCACHED)
+        return web.json_response({"status": "ready"}, headers=_UNCACHED)
+
+    return [web.get("/health", health), web.get("/health/live", live), web.get("/health/ready", ready)]
+
+
+_UNCACHED = {"Cache-Control": "no-store"}
+
+
+def resident_bytes() -> int:
+    """The process's resident memory; its peak where the system does not tell the present."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - read often; no path is built
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10

@@ -1,0 +1,269 @@
+"""The settings: one frozen object from defaults < TOML file < environment < flags.
+
+A setting has one name in all three: `heartbeat_s`, `AISSE_HEARTBEAT_S`, `--heartbeat-s`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from yarl import URL
+
+from aisse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+ENV_PREFIX = "AISSE_"
+
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}"
+
+
+def _split(value: object) -> object:
+    """Lists may be written `a,b` where the source knows only strings (environment, flags)."""
+    if isinstance(value, str):
+        return tuple(part for part in re.split(r"[,\s]+", value) if part)
+    return value
+
+
+def _size(value: object) -> object:
+    # pydantic alone reads `64KiB, or so` as 64 KiB.
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9.]+\s*[A-Za-z]*\s*", value) is None:
+        raise ValueError("must be a size such as 65536, 64KiB or 1.5MiB")
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split)]
+Seconds = Annotated[float, Field(ge=0, le=86400 * 7, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=86400 * 7, allow_inf_nan=False)]
+Bytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 30)]
+LargeBytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 50)]
+
+
+def _field(default: Any, help_text: str, **rules: Any) -> Any:
+    return Field(default=default, description=help_text, validate_default=False, **rules)
+
+
+class Settings(BaseModel):
+    """All settings. Seconds end in `_s`, sizes in `_bytes` (plain, or `64KiB`, `16MiB`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    host: str = _field(
+        "127.0.0.1", "address to listen on; beyond loopback it needs access tokens or --open", min_length=1
+    )
+    port: int = _field(3000, "TCP port; 0 takes a free one and prints it", ge=0, le=65535)
+    open: bool = _field(False, "allow anybody to start streams on an address beyond loopback")
+    access_tokens: Secrets = _field((), "bearer tokens that may start streams, comma-separated; none: open to all")
+    cors_origins: Names = _field((), "exact origins of other sites whose pages may call, e.g. https://app.example")
+
+    upstream: str = _field(
+        "https://api.ezaiapi.com", "base URL of an Anthropic-compatible API, or `simulator` or `local`"
+    )
+    upstream_key: SecretStr | None = _field(None, "API key for the upstream, whatever its host")
+    proxy_from_env: bool = _field(False, "reach the upstream through HTTP_PROXY/HTTPS_PROXY")
+    model: str = _field("claude-sonnet-4-20250514", "model where the request names none", pattern=f"^{MODEL_NAME}$")
+    models: Names = _field((), "models that requests may name; none: any well-formed name")
+    max_tokens: int = _field(4096, "max_tokens where the request has none", ge=1)
+    max_tokens_limit: int = _field(64000, "largest max_tokens that a request may ask for", ge=1)
+
+    max_streams: int = _field(5000, "streams that may run at once; more get 503", ge=1)
+    max_body_bytes: Bytes = _field(ByteSize(1 << 20), "largest request body")
+    max_event_bytes: Bytes = _field(ByteSize(1 << 20), "largest single event of an upstream")
+    read_ahead_bytes: Bytes = _field(ByteSize(64 << 10), "how far the upstream is read ahead of the furthest reader")
+    write_buffer_bytes: Bytes = _field(ByteSize(16 << 10), "bytes waiting for a reader's socket that count as full")
+    send_buffer_bytes: Bytes = _field(ByteSize(32 << 10), "kernel send buffer (SO_SNDBUF) of a reader's socket")
+    receive_buffer_bytes: Bytes = _field(
+        ByteSize(16 << 10), "kernel receive buffer (SO_RCVBUF) of an upstream connection"
+    )
+    stream_bytes: LargeBytes = _field(ByteSize(16 << 20), "longest stream; past it a stream ends as `limit`")
+    replay_bytes: LargeBytes = _field(ByteSize(512 << 20), "memory for the replay of all streams")
+
+    body_s: PositiveSeconds = _field(30, "time for a request's body to arrive")
+    keep_alive_s: PositiveSeconds = _field(75, "idle connections and slow request headers are closed after this")
+    heartbeat_s: PositiveSeconds = _field(15, "a comment is written after so much silence")
+    first_byte_commit_s: Seconds = _field(5, "answer 200 after this even if the upstream has sent nothing")
+    connect_s: PositiveSeconds = _field(10, "limit for name look-up, TCP and TLS to the upstream")
+    first_byte_s: PositiveSeconds = _field(300, "limit for the upstream's first byte of an answer")
+    silence_s: PositiveSeconds = _field(60, "limit between two bytes of the upstream")
+    no_content_s: PositiveSeconds = _field(300, "limit between two events of the upstream that are more than a ping")
+    stream_s: PositiveSeconds = _field(3600, "limit for a whole stream")
+    leave_s: Seconds = _field(10, "how long a stream goes on that nobody reads")
+    leave_max_s: Seconds = _field(300, "longest leave time that a request may ask for")
+    allow_continue: bool = _field(False, "allow requests to go on without any reader to their end")
+    stall_s: PositiveSeconds = _field(30, "a reader that takes no byte for so long is evicted")
+    retention_s: Seconds = _field(300, "how long a finished stream can be read again")
+    drain_s: Seconds = _field(25, "how long running streams may go on at shutdown")
+
+    log: Literal["memory"] = _field("memory", "where streams are kept for replay")
+    log_format: Literal["auto", "json", "console"] = _field("auto", "auto: console on a terminal, else json")
+    log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe log line that is written")
+
+    @field_validator("upstream_key")
+    @classmethod
+    def _key(cls, value: SecretStr | None) -> SecretStr | None:
+        return value or None  # an empty variable is how a shell says that there is none
+
+    @field_validator("upstream")
+    @classmethod
+    def _upstream(cls, value: str) -> str:
+        if value in {"simulator", "local"}:
+            return value
+        try:
+            url = URL(value)
+        except ValueError as error:
+            raise ValueError("is no URL") from error
+        if url.scheme not in {"http", "https"} or not url.host:
+            raise ValueError("must be http://..., https://..., `simulator` or `local`")
+        if url.user is not None or url.password is not None:
+            raise ValueError("must not carry a user or password; keys come by environment")
+        if url.query_string or url.fragment:
+            raise ValueError("must have no query and no fragment")
+        return value.rstrip("/")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            url = URL(origin) if "://" in origin else URL()
+            if url.scheme not in {"http", "https"} or not url.host or str(url.origin()) != origin:
+                raise ValueError("each must be a bare origin such as https://app.example, without a path")
+        return value
+
+    @field_validator("models")
+    @classmethod
+    def _models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if re.fullmatch(MODEL_NAME, name) is None:
+                raise ValueError("each must be a well-formed model name")
+        return value
+
+    @field_validator("access_tokens")
+    @classmethod
+    def _tokens(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for token in value:
+            # RFC 6750 section 2.1: what a bearer token may consist of.
+            if re.fullmatch(r"[A-Za-z0-9._~+/-]{16,}=*", token.get_secret_value()) is None:
+                raise ValueError("each must have 16 or more characters of A-Z a-z 0-9 . _ ~ + / -")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.max_tokens > self.max_tokens_limit:
+            raise ValueError("max_tokens: must not exceed max_tokens_limit")
+        if self.models and self.model not in self.models:
+            raise ValueError("model: must be one of models")
+        if self.leave_s > self.leave_max_s:
+            raise ValueError("leave_s: must not exceed leave_max_s")
+        if not self.open and not self.access_tokens and not is_loopback(self.host):
+            raise ValueError(
+                "host: beyond loopback anybody could start streams; set AISSE_ACCESS_TOKENS, or say --open"
+            )
+        return self
+
+
+SECRETS = frozenset({"access_tokens", "upstream_key"})
+"""Never a flag (other users of the machine see those), never shown."""
+
+MASK = "********"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. Names other than localhost count as reachable from elsewhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings and, for each, where its value came from: `default`, the file's path, a variable or a flag."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def load(
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+) -> Loaded:
+    """Merges the sources. Raises ConfigError with one line that names the first wrong name or value and its source."""
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(Settings.model_fields, "default")
+    sources: list[tuple[Mapping[str, object], str]] = []
+    if file is not None:
+        sources.append((_read_toml(file), f"{file}: {{name}}"))
+    from_env = {
+        name.removeprefix(ENV_PREFIX).lower(): value for name, value in environ.items() if name.startswith(ENV_PREFIX)
+    }
+    sources.extend([(from_env, "{env}"), (flags, "{flag}")])
+    for source, label in sources:
+        for name, value in source.items():
+            origin = label.format(name=name, env=ENV_PREFIX + name.upper(), flag="--" + name.replace("_", "-"))
+            if name not in Settings.model_fields:
+                raise ConfigError(f"{origin}: there is no such setting; `aisse config` lists them")
+            values[name] = value
+            origins[name] = origin
+    try:
+        return Loaded(Settings.model_validate(values), origins)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, origins)) from None
+
+
+def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        name, _, message = message.partition(": ")
+    else:
+        name = str(first["loc"][0])
+    origin = origins[name]
+    return f"{name if origin == 'default' else origin}: {message}"
+
+
+def _read_toml(file: Path) -> dict[str, object]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # TOMLDecodeError, or bytes that are no UTF-8
+        raise ConfigError(f"{file}: is not TOML: {error}") from None
+
+
+def shown(name: str, value: object) -> str:
+    """A value as a TOML file would hold it; secrets are masked."""
+    if name in SECRETS:
+        return MASK if value else '""'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, ByteSize):
+        for factor, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+            if value % factor == 0:
+                return f'"{value // factor}{unit}"'
+        return str(int(value))
+    if isinstance(value, tuple):
+        return "[" + ", ".join(shown(name, item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # a basic string of TOML, but for characters that no setting has
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

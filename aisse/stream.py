@@ -1,0 +1,360 @@
+"""One stream: its state, its log, its readers, and the gate that holds its upstream back.
+
+    WAITING ──► STREAMING ──► ENDED
+       └──────────────────────►┘
+
+Everything here is synchronous, so that within one step of the event loop a frame is in the log, with every reader
+that is up to date, and counted. `finish` is the only place that writes `error` and `end`; the first call wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import enum
+import json
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from aisse.errors import StreamError
+from aisse.sse import frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aisse.replay import MemoryLog
+
+
+class State(enum.Enum):
+    """Where a stream stands; `TRANSITIONS` says what may follow."""
+
+    WAITING = "waiting"
+    STREAMING = "streaming"
+    ENDED = "ended"
+
+
+TRANSITIONS = {
+    State.WAITING: frozenset({State.STREAMING, State.ENDED}),
+    State.STREAMING: frozenset({State.ENDED}),
+    State.ENDED: frozenset[State](),
+}
+
+
+class Reason(enum.StrEnum):
+    """Why a stream ended, as `end` says it."""
+
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+    ABANDONED = "abandoned"
+    ERROR = "error"
+    TRUNCATED = "truncated"
+    TIMEOUT = "timeout"
+    LIMIT = "limit"
+    SHUTDOWN = "shutdown"
+
+
+WITHOUT_ERROR = frozenset({Reason.COMPLETE, Reason.STOPPED})
+
+_MESSAGES = {
+    Reason.ABANDONED: "nobody was left to read this answer",
+    Reason.ERROR: "this answer failed inside the server",
+    Reason.TRUNCATED: "the upstream broke off before the end of its answer",
+    Reason.TIMEOUT: "the upstream took too long",
+    Reason.LIMIT: "this answer is longer than the server allows",
+    Reason.SHUTDOWN: "the server is shutting down",
+}
+
+# What a client gets that has not been answered yet, 502 for every other reason.
+_STATUSES = {Reason.TIMEOUT: 504, Reason.SHUTDOWN: 503}
+
+
+class AttachedReader(Protocol):
+    """What a stream knows of a reader."""
+
+    position: int
+    """Where it goes on reading the log; kept by the reader, and set by the stream when it leaves the tail."""
+
+    def push(self, frames: bytes) -> bool:
+        """Writes `frames` at once; False where the reader's socket is full and nothing was written."""
+
+    def wake(self) -> None:
+        """Lets the reader's own task look at the stream again."""
+
+
+class _Asker:
+    """Somebody who waits for the answer's status only."""
+
+    position = 0
+
+    def push(self, _frames: bytes) -> bool:
+        return False
+
+    def wake(self) -> None:
+        pass
+
+
+class Stream:
+    """One generation and its id.
+
+    `on_left` is called when the last reader detaches, `on_end` once when the stream ends; both are synchronous.
+    """
+
+    __slots__ = (
+        "_caught_up",
+        "_committed",
+        "_first_reader_by",
+        "_furthest",
+        "_gate",
+        "_on_end",
+        "_on_left",
+        "_read_ahead_bytes",
+        "_readers",
+        "_started",
+        "_stream_bytes",
+        "content_events",
+        "created",
+        "created_at",
+        "ended",
+        "ended_at",
+        "error",
+        "id",
+        "key",
+        "last_reader_stalled",
+        "leave_s",
+        "left",
+        "log",
+        "reason",
+        "state",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        stream_id: str,
+        log: MemoryLog,
+        *,
+        now: float,
+        read_ahead_bytes: int,
+        stream_bytes: int,
+        leave_s: float,
+        on_left: Callable[[Stream], None],
+        on_end: Callable[[Stream], None],
+    ) -> None:
+        self.id = stream_id
+        self.log = log
+        self.state = State.WAITING
+        self.reason: Reason | None = None
+        self.error: StreamError | None = None
+        self.usage: dict[str, int] = {"input_tokens": 0, "output_tokens": 0}
+        self.created = now
+        self.created_at = time.time()
+        self.ended: float | None = None
+        self.ended_at: float | None = None
+        self.key: tuple[bytes, str] | None = None  # the registry's, where the request had one
+        self.left: float | None = None
+        self.leave_s = leave_s
+        self.content_events = 0
+        self._committed = False
+        self._first_reader_by = 0.0
+        self.last_reader_stalled = False
+        self._readers: set[AttachedReader] = set()
+        # Readers at the tail. A tuple that is replaced, never changed: publish may iterate while one falls behind.
+        self._caught_up: tuple[AttachedReader, ...] = ()
+        self._furthest = 0
+        self._read_ahead_bytes = read_ahead_bytes
+        self._stream_bytes = stream_bytes
+        self._on_left = on_left
+        self._on_end = on_end
+        self._gate: asyncio.Future[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+
+    @property
+    def readers(self) -> int:
+        """How many readers are attached, answered or not."""
+        return len(self._readers)
+
+    # --- the relay's side -------------------------------------------------------------------------------------
+
+    def publish(self, frames: bytes, last_seq: int) -> None:
+        """Adds whole frames, the last numbered `last_seq`: into the log, and to every reader at the tail."""
+        position = self.log.tail
+        self.log.append(frames, last_seq)
+        for reader in self._caught_up:
+            if not reader.push(frames):
+                self._leave_tail(reader, position)
+        if self.log.tail > self._stream_bytes:
+            self.finish(Reason.LIMIT)
+
+    def start(self) -> None:
+        """The upstream has sent its first event that is neither ping nor error."""
+        if self.state is State.WAITING:
+            self._enter(State.STREAMING)
+            self.commit()
+
+    def commit(self) -> None:
+        """From now on every reader is answered with 200 and told of a failure by an event. Too late after the end."""
+        if self.state is State.ENDED:
+            return  # a refused stream's log is gone: there is nothing left that a 200 could carry
+        self._committed = True
+        self._resolve_started()
+
+    @property
+    def refusal(self) -> StreamError | None:
+        """Why the stream failed before it committed, for a real status; None in every other case."""
+        return self.error if not self._committed else None
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the upstream has been read far enough ahead of the furthest reader."""
+        if self._caught_up or self.state is State.ENDED:
+            return False
+        # Without a reader the stream runs on for one that may come back. Not so if the last one left bytes untaken:
+        # it was the brake, and running on would fill the memory with what nobody has asked for.
+        tight = self._readers or self.last_reader_stalled
+        return self.log.tail - self._furthest >= (self._read_ahead_bytes if tight else self._stream_bytes)
+
+    async def flow(self) -> None:
+        """Returns once the upstream may be read on. One caller; cancelling it is safe."""
+        while self.holds_back:
+            self._gate = asyncio.get_running_loop().create_future()
+            try:
+                await self._gate
+            finally:
+                self._gate = None
+
+    def finish(self, reason: Reason, error: StreamError | None = None) -> bool:
+        """Ends the stream: `error` unless it went well, then `end`. False, and nothing happens, if it had ended."""
+        if self.state is State.ENDED:
+            return False
+        if reason not in WITHOUT_ERROR and error is None:
+            retry_after = "1" if reason is Reason.SHUTDOWN else None
+            error = StreamError(
+                "api_error" if reason is Reason.ERROR else f"{reason}_error",
+                _MESSAGES[reason],
+                _STATUSES.get(reason, 502),
+                retry_after,
+            )
+        seq = self.log.last_seq
+        frames = b""
+        if error is not None:
+            seq += 1
+            frames = frame("error", _json(error.body()), f"{self.id}.{seq}")
+        end = {"type": "end", "reason": reason, "events": seq, "usage": self.usage}
+        seq += 1
+        frames += frame("end", _json(end), f"{self.id}.{seq}")
+
+        self._enter(State.ENDED)
+        self.reason = reason
+        self.error = error
+        self.ended = asyncio.get_running_loop().time()
+        self.ended_at = time.time()
+        self.publish(frames, seq)
+        self.log.seal()
+        self._resolve_started()
+        self._open_gate()
+        for reader in self._caught_up:
+            self._leave_tail(reader, self.log.tail)
+        self._on_end(self)
+        return True
+
+    # --- the readers' side ------------------------------------------------------------------------------------
+
+    @property
+    def leaves_at(self) -> float | None:
+        """When a stream that nobody reads is to end, on the loop's clock; None while somebody does."""
+        return max(self.left + self.leave_s, self._first_reader_by) if self.left is not None else None
+
+    def expect_reader(self, by: float) -> None:
+        """Somebody was told of the stream without reading it: it does not end before `by` for want of a reader."""
+        self._first_reader_by = by
+
+    def attach(self, reader: AttachedReader) -> None:
+        """Counts a reader from now on, before it has been answered."""
+        self._readers.add(reader)
+        self.left = None
+        self.last_reader_stalled = False
+        if not isinstance(reader, _Asker):
+            self._first_reader_by = 0.0  # it has come; from here on the leave time counts
+
+    def detach(self, reader: AttachedReader, *, stalled: bool = False) -> None:
+        """The reader is gone; `stalled` if bytes were waiting for it, as for one that is evicted. Idempotent."""
+        if reader not in self._readers:
+            return
+        self._readers.remove(reader)
+        if reader in self._caught_up:
+            self._leave_tail(reader, self.log.tail)
+        if not self._readers:
+            self.left = asyncio.get_running_loop().time()
+            self.last_reader_stalled = stalled
+            self._on_left(self)
+        self._open_gate()
+
+    def catch_up(self, reader: AttachedReader) -> None:
+        """The reader stands at the tail and gets what is published from now on, until `wake` is called."""
+        self._caught_up = (*self._caught_up, reader)
+        self._open_gate()
+
+    def advance(self, position: int) -> None:
+        """A reader that is behind has got as far as `position`."""
+        if position > self._furthest:
+            self._furthest = position
+            self._open_gate()
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Counts somebody who waits for an answer without reading, like a reader that is never up to date."""
+        asker = _Asker()
+        self.attach(asker)
+        try:
+            yield
+        finally:
+            self.detach(asker)
+
+    async def answerable(self, commit_s: float) -> None:
+        """Returns once requests can be answered with 200, at the latest `commit_s` after the stream's creation.
+
+        Raises StreamError where it has failed before. Cancelling it is safe.
+        """
+        left_s = self.created + commit_s - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                await self.started()
+        except TimeoutError:
+            self.commit()
+        if self.refusal is not None:
+            # Of its own for each who asks: a raised error keeps the frames that it came through.
+            raise dataclasses.replace(self.refusal)
+
+    async def started(self) -> None:
+        """Returns once it is known what to answer: committed, or ended. Cancelling it is safe."""
+        if self._committed or self.state is State.ENDED:
+            return
+        if self._started is None:
+            self._started = asyncio.get_running_loop().create_future()
+        # Shielded, because several readers may wait for the same future and one of them may leave.
+        await asyncio.shield(self._started)
+
+    def _leave_tail(self, reader: AttachedReader, position: int) -> None:
+        self._caught_up = tuple(other for other in self._caught_up if other is not reader)
+        self._furthest = max(self._furthest, position)
+        reader.position = position
+        reader.wake()
+
+    def _enter(self, state: State) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"{self.state} -> {state}")
+        self.state = state
+
+    def _resolve_started(self) -> None:
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+
+    def _open_gate(self) -> None:
+        if self._gate is not None and not self._gate.done() and not self.holds_back:
+            self._gate.set_result(None)
+
+
+def _json(value: object) -> str:
+    # ASCII: an upstream may have put lone surrogates or U+2028 into its message.
+    return json.dumps(value, separators=(",", ":"))

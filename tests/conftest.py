@@ -1,0 +1,101 @@
+"""What tests share: servers of ours in this process, on ports from the system."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+import uvloop
+from aiohttp import web
+
+from aisse.app import REGISTRY, create_app, runner_arguments
+from aisse.settings import Settings
+from aisse.simulator import Script, Simulator
+from aisse.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from aisse.registry import Registry
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests run on the loop that the server runs on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@dataclass
+class Server:
+    """An aisse in this process."""
+
+    url: str
+    settings: Settings
+    registry: Registry
+    runner: web.AppRunner
+
+    @property
+    def chat(self) -> str:
+        return self.url + "/api/chat"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.runner.addresses[0][:2]
+        return host, port
+
+
+@contextlib.asynccontextmanager
+async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> AsyncIterator[Server]:
+    """An aisse in front of `upstream` (a base URL), with `settings` that differ from the defaults."""
+    effective = Settings.model_validate({"upstream": upstream, **settings})
+    app = create_app(effective, Upstream(upstream, effective, key=key))
+    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=2.0, **runner_arguments(effective))
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        yield Server(f"http://{host}:{port}", effective, app[REGISTRY], runner)
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    """The built-in upstream, as fast as its peer reads unless a prompt says otherwise. `simulator.url` is its base."""
+    simulator = Simulator(Script(pace=0))
+    await simulator.start()
+    try:
+        yield simulator
+    finally:
+        await simulator.close()
+
+
+@pytest.fixture
+async def server(simulator: Simulator) -> AsyncIterator[Server]:
+    """An aisse with default settings in front of the simulator."""
+    async with serving(simulator.url) as running:
+        yield running
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield session
+
+
+def prompt(text: str, **parameters: Any) -> dict[str, Any]:
+    """A request's body with one question. `[[...]]` in it scripts the simulator."""
+    return {"messages": [{"role": "user", "content": text}], **parameters}
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Returns once `condition` holds; fails the test if it does not within `timeout_s`."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)

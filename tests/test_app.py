@@ -1,0 +1,340 @@
+"""The application: its limits, its errors, its life; and what somebody who embeds it can rely on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import logging
+import re
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+import structlog
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from conftest import Server, eventually, prompt, serving
+from raw import connected, request
+
+from aisse import app as app_module
+from aisse import log
+from aisse.app import REGISTRY, create_app, runner_arguments, serve
+from aisse.errors import ConfigError, RequestError, UpstreamError
+from aisse.settings import Settings
+from aisse.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aisse.simulator import Simulator
+
+CANARY = "canary-7f3a"
+
+
+def application(upstream: str, **settings: object) -> web.Application:
+    effective = Settings.model_validate({"upstream": upstream, **settings})
+    return create_app(effective, Upstream(upstream, effective))
+
+
+# --- limits ---------------------------------------------------------------------------------------------------
+
+
+async def test_runner_takes_every_limit(simulator: Simulator) -> None:
+    """It meets an argument that it does not know by dropping all of them, with no more than a warning."""
+    async with serving(simulator.url, keep_alive_s=12.5) as server:
+        assert server.runner.server is not None
+        handler = server.runner.server()
+        assert handler.keepalive_timeout == 12.5
+        assert handler._lingering_time == app_module._LINGERING_S
+        assert handler.access_logger is None
+        assert server.runner.server._kwargs["auto_decompress"] is False
+        assert server.runner.server.handler_cancellation is True
+
+
+async def test_serving_with_a_limit_that_is_not_taken_is_refused(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistyped(settings: Settings) -> dict[str, object]:
+        return {**runner_arguments(settings), "lingring_time": 1.0}
+
+    monkeypatch.setattr(app_module, "runner_arguments", mistyped)
+    settings = Settings(upstream=simulator.url, port=0)
+    stop = asyncio.Event()
+    stop.set()
+    with pytest.raises(AssertionError, match="limits"):
+        await serve(settings, stop, key_for=lambda _url: None, announce=lambda _url, _name: None)
+
+
+async def test_connection_that_sends_nothing_more_is_closed_after_keep_alive_s(simulator: Simulator) -> None:
+    async with serving(simulator.url, keep_alive_s=0.2) as server, connected(server.address) as connection:
+        assert await connection.usable()
+        assert await connection.rest() == b""
+
+
+async def test_client_that_leaves_while_it_waits_is_noticed_at_once(simulator: Simulator) -> None:
+    async with serving(simulator.url, leave_s=0) as server:
+        async with connected(server.address) as connection:
+            await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[first_s=3600]]")).encode()))
+            await eventually(lambda: simulator.stats.active == 1)
+        await eventually(lambda: simulator.stats.active == 0, timeout_s=1.0)
+        assert simulator.stats.aborted == 1
+        assert server.registry.active_streams == 0
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def failing(error: Exception) -> AsyncIterator[TestClient[web.Request, web.Application]]:
+    """A started application with a route that fails."""
+
+    async def fail(_request: web.Request) -> web.StreamResponse:
+        raise error
+
+    async def fail_late(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        raise error
+
+    app = application("http://127.0.0.1:9")
+    app.router.add_get("/fail", fail)
+    app.router.add_get("/late", fail_late)
+    server = TestServer(app)
+    await server.start_server(access_log=None)
+    async with TestClient(server, timeout=aiohttp.ClientTimeout(10)) as client:
+        yield client
+
+
+BUGS = [ValueError(CANARY), KeyError(CANARY), RecursionError(CANARY), ConfigError(CANARY), AssertionError(CANARY)]
+
+
+@pytest.mark.parametrize("error", BUGS, ids=lambda error: type(error).__name__)
+async def test_unexpected_exception_becomes_a_500_without_its_message(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with failing(error) as client:
+        async with client.get(f"/fail?{CANARY}") as response:
+            assert response.status == 500
+            assert response.content_type == "application/json"
+            text = await response.text()
+        said = json.loads(text)
+        assert said["type"] == "error"
+        assert said["error"]["type"] == "api_error"
+        assert said["error"]["message"]
+        assert CANARY not in text
+        assert "Traceback" not in text
+        async with client.get("/health/live") as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [*BUGS, RequestError(400, "invalid_request_error", CANARY), UpstreamError("api_error", CANARY), web.HTTPNotFound()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_exception_after_the_headers_breaks_the_body_off(error: Exception) -> None:
+    """A second response would be taken for more of the first; a clean end would be taken for success."""
+    async with failing(error) as client, connected((client.host, client.port or 0)) as connection:
+        await connection.send(request("GET", "/late"))
+        assert (await connection.head()).status == 200
+        assert await connection.rest() == b"5\r\nbegun\r\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (RequestError(400, "invalid_request_error", "is wrong", "field"), 400, None),
+        (RequestError(503, "overloaded_error", "full", retry_after_s=7), 503, "7"),
+        (UpstreamError("rate_limit_error", "slow down", 429, "12"), 429, "12"),
+        (UpstreamError("api_error", "broken", 502), 502, None),
+    ],
+)
+async def test_error_of_ours_becomes_its_status_and_shape(
+    error: RequestError | UpstreamError, status: int, retry_after: str | None
+) -> None:
+    async with failing(error) as client, client.get("/fail") as response:
+        assert response.status == status
+        assert response.headers.get("Retry-After") == retry_after
+        assert await response.json() == error.body()
+
+
+@pytest.mark.parametrize("status", [404, 405, 413, 417])
+async def test_http_exception_becomes_json_with_its_status(status: int) -> None:
+    error: web.HTTPException = {
+        404: web.HTTPNotFound(text=CANARY),
+        405: web.HTTPMethodNotAllowed("GET", ["POST", "DELETE"]),
+        413: web.HTTPRequestEntityTooLarge(1, 2),
+        417: web.HTTPExpectationFailed(),
+    }[status]
+    async with failing(error) as client, client.get("/fail") as response:
+        assert response.status == status
+        said = await response.json()
+        assert said["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+        assert CANARY not in str(said)
+        if status == 405:
+            assert set(re.split(r",\s*", response.headers["Allow"])) == {"POST", "DELETE"}
+
+
+async def test_unexpected_exception_is_logged_without_its_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The place where it was raised is enough to find it; the message may quote a prompt."""
+    root, configured = logging.getLogger(), structlog.get_config()
+    handlers, level = root.handlers[:], root.level
+    try:
+        log.configure("json", "debug")
+        async with failing(ValueError(CANARY)) as client, client.get(f"/fail?{CANARY}") as response:
+            assert response.status == 500
+    finally:
+        structlog.configure(**configured)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (line,) = [line for line in lines if line["level"] == "error"]
+    assert line["exception"] == "builtins.ValueError"
+    assert any("test_app.py" in place for place in line["raised_at"])
+    assert CANARY not in json.dumps(lines)
+
+
+# --- its life -------------------------------------------------------------------------------------------------
+
+
+async def test_embedded_in_a_test_server_it_streams_and_ends_its_streams(simulator: Simulator) -> None:
+    """No runner of ours: neither the session nor the sweep may depend on one."""
+    app = application(simulator.url)
+    async with TestClient(TestServer(app)) as client:
+        async with client.post("/api/chat", json=prompt("[[tokens=3]]")) as response:
+            assert response.status == 200
+            assert (await response.text()).count("event: end\n") == 1
+        async with client.get("/health") as response:
+            assert (await response.json())["totalRequests"] == 1
+
+        running = await client.post("/api/chat", json=prompt("[[pace=20 tokens=10000]]"))
+        await eventually(lambda: app[REGISTRY].active_streams == 1)
+    # Leaving the block ran the application's own shutdown.
+    assert app[REGISTRY].active_streams == 0
+    await eventually(lambda: simulator.stats.active == 0)
+    running.close()
+
+
+async def test_embedded_under_a_runner_that_decompresses_compressed_bodies_are_still_refused(
+    simulator: Simulator,
+) -> None:
+    """That limit is the embedder's to forget, and ours to hold."""
+    app = application(simulator.url)
+    async with (
+        TestClient(TestServer(app)) as client,
+        client.post(
+            "/api/chat",
+            data=gzip.compress(json.dumps(prompt("x")).encode()),
+            headers={"Content-Encoding": "gzip", "Content-Type": "application/json"},
+        ) as response,
+    ):
+        assert response.status == 415
+        assert app[REGISTRY].generations == 0
+
+
+async def test_shutdown_of_an_embedder_ends_a_running_stream_with_shutdown(simulator: Simulator) -> None:
+    app = application(simulator.url)
+    async with TestClient(TestServer(app)) as client:
+        response = await client.post("/api/chat", json=prompt("[[pace=20 tokens=10000]]"))
+        reading = asyncio.create_task(response.text())
+        await eventually(lambda: app[REGISTRY].readers == 1)
+        async with asyncio.timeout(10):
+            await client.server.close()
+            text = await reading
+    assert text.count("event: end\n") == 1
+    (end,) = re.findall(r"event: end\ndata: (.*)\n", text)
+    assert json.loads(end)["reason"] == "shutdown"
+    assert text.index("event: error\n") < text.index("event: end\n")
+
+
+async def test_application_can_be_started_and_stopped_without_a_request(simulator: Simulator) -> None:
+    tasks = asyncio.all_tasks()
+    async with TestServer(application(simulator.url)):
+        assert asyncio.all_tasks() > tasks
+    assert asyncio.all_tasks() <= tasks
+
+
+async def test_two_applications_in_one_process_share_nothing(simulator: Simulator) -> None:
+    async with serving(simulator.url) as one, serving(simulator.url) as other, aiohttp.ClientSession() as client:
+        async with client.post(one.chat, json=prompt("[[tokens=1]]")) as response:
+            await response.read()
+        assert (one.registry.generations, other.registry.generations) == (1, 0)
+        assert (one.registry.replay_bytes > 0, other.registry.replay_bytes) == (True, 0)
+
+
+async def test_serve_announces_once_it_accepts_and_returns_when_told(simulator: Simulator) -> None:
+    stop = asyncio.Event()
+    announced: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+
+    def announce(url: str, upstream: str) -> None:
+        announced.set_result((url, upstream))
+
+    settings = Settings(upstream=simulator.url, port=0, drain_s=0)
+    serving_task = asyncio.create_task(serve(settings, stop, key_for=lambda _url: None, announce=announce))
+    url, upstream = await announced
+    assert upstream == simulator.url
+    async with aiohttp.ClientSession() as client:
+        async with client.get(url + "/health/ready") as response:
+            assert response.status == 200
+        stop.set()
+        await asyncio.wait_for(serving_task, 10)
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await client.get(url + "/health/live")
+
+
+async def test_serve_cancelled_leaves_no_task(simulator: Simulator) -> None:
+    announced = asyncio.Event()
+    tasks = asyncio.all_tasks()
+    settings = Settings(upstream="simulator", port=0)
+    running = asyncio.create_task(
+        serve(settings, asyncio.Event(), key_for=lambda _url: None, announce=lambda _url, _name: announced.set())
+    )
+    await announced.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert asyncio.all_tasks() <= tasks
+
+
+async def test_serve_asks_for_the_key_of_its_upstream_and_of_no_built_in_one(simulator: Simulator) -> None:
+    for upstream, expected in ((simulator.url, [simulator.url]), ("simulator", [])):
+        asked: list[str] = []
+        stop = asyncio.Event()
+        stop.set()
+
+        def key_for(url: str, asked: list[str] = asked) -> str | None:
+            asked.append(url)
+            return None
+
+        settings = Settings(upstream=upstream, port=0)
+        await serve(settings, stop, key_for=key_for, announce=lambda _url, _name: None)
+        assert asked == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [
+        ("https://api.ezaiapi.com", "EZAI_API_KEY"),
+        ("https://ezaiapi.com/v2", "EZAI_API_KEY"),
+        ("https://API.Anthropic.com", "ANTHROPIC_API_KEY"),
+    ],
+)
+async def test_serve_refuses_an_upstream_whose_key_is_missing(url: str, variable: str) -> None:
+    with pytest.raises(ConfigError, match=variable) as refused:
+        await serve(Settings(upstream=url), asyncio.Event(), key_for=lambda _url: None, announce=print)
+    assert "simulator" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+async def test_serve_refuses_a_port_in_use(server: Server) -> None:
+    settings = Settings(upstream="simulator", port=server.address[1])
+    tasks = asyncio.all_tasks()
+    with pytest.raises(ConfigError, match=rf"port.*127\.0\.0\.1:{server.address[1]}.*in use"):
+        await serve(settings, asyncio.Event(), key_for=lambda _url: None, announce=print)
+    assert asyncio.all_tasks() <= tasks
