@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,20 +11,24 @@ import structlog
 from aiohttp import hdrs, web
 
 import aisse
+from aisse.drain import Drain
 from aisse.errors import ConfigError, RequestError, StreamError, error_body
 from aisse.registry import Registry
 from aisse.routes import chat, operations, pages
+from aisse.systemd import Notifier
 from aisse.upstream import Upstream, needs_key
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    import socket
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from aiohttp.typedefs import Handler, Middleware
+
+    from aisse.drain import Report
     from aisse.settings import Settings
 
-    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
+DRAIN: web.AppKey[Drain] = web.AppKey("drain", Drain)
 
 # Connections that wait to be accepted. aiohttp's 128 is refused away by one burst of reconnecting readers.
 _BACKLOG = 4096
@@ -31,15 +36,23 @@ _BACKLOG = 4096
 # How long the rest of a refused body is read, so that the client gets to see the refusal.
 _LINGERING_S = 2.0
 
+# What aiohttp gives handlers that are still at work after the drain, refusals in the main; then it cancels them.
+_LAST_HANDLERS_S = 1.0
+
+# How often a supervisor is told how many streams run.
+_STATUS_S = 1.0
+
 _log = structlog.get_logger("aisse.app")
 
 
 def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     """The application. Its runner needs `runner_arguments`; `serve` is both together.
 
-    Starting it opens the upstream's session; its shutdown ends every stream that still runs as `shutdown`.
+    Starting it opens the upstream's session. Its shutdown drains, in a runner of anybody's: no new streams, running
+    ones get `drain_s`, what is left then ends as `shutdown`.
     """
     registry = Registry(settings, upstream)
+    drain = Drain(settings, registry)
     started = time.monotonic()
 
     async def parts(_app: web.Application) -> AsyncIterator[None]:
@@ -50,11 +63,12 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
         await upstream.close()
 
     async def shutdown(_app: web.Application) -> None:
-        await registry.close()
+        await drain.run()
 
-    app = web.Application(middlewares=[_errors], client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=[_closing(registry), _errors], client_max_size=settings.max_body_bytes)
     app[REGISTRY] = registry
-    app.add_routes(chat.routes(settings, registry))
+    app[DRAIN] = drain
+    app.add_routes(chat.routes(settings, registry, drain))
     app.add_routes(operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started))
     app.add_routes(pages.routes())
     for path in ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}"):
@@ -82,12 +96,18 @@ async def serve(
     *,
     key_for: Callable[[str], str | None],
     announce: Callable[[str, str], None],
+    notifier: Notifier | None = None,
+    sockets: Sequence[socket.socket] = (),
+    report: Report | None = None,
 ) -> None:
-    """Serves until `stop` is set, then lets running streams end for at most `drain_s`.
+    """Serves until `stop` is set, then drains: it returns `unready_s` + `drain_s` + 2 s later at the latest.
 
     `key_for` gives the key that belongs to a base URL. `announce` gets our own URL and the upstream's name once
-    connections are accepted. Raises ConfigError where the start is not possible.
+    connections are accepted. `sockets` are listened on in place of `host` and `port`; they stay open for whoever else
+    holds them. `notifier` tells the supervisor; `report` is `Drain.run`'s. Raises ConfigError where the start is not
+    possible.
     """
+    notifier = notifier or Notifier()
     async with contextlib.AsyncExitStack() as stack:
         base_url, name = await _upstream_address(settings, stack)
         key = key_for(base_url) if name is None else None
@@ -97,34 +117,88 @@ async def serve(
             raise ConfigError(f"upstream: {base_url} needs a key; set {variable}, or try `--upstream simulator`")
         upstream = Upstream(base_url, settings, key=key, name=name)
 
+        app = create_app(settings, upstream)
+        # Before the runner, so that it ends after the runner's cleanup: a watchdog has to be told through that, too.
+        await stack.enter_async_context(_supervised(notifier, app[REGISTRY]))
+
         runner = web.AppRunner(
-            create_app(settings, upstream),
+            app,
             handle_signals=False,  # aiohttp's would end the process in the middle of our own shutdown
-            shutdown_timeout=5.0,
+            shutdown_timeout=_LAST_HANDLERS_S,
             **runner_arguments(settings),
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         _check_limits(runner, settings)
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG)
+        sites = await _listen(runner, settings, sockets)
+        url = _url(runner.addresses[0])
+        if not settings.access_tokens:
+            _log.warning("no access tokens are set: whoever reaches this address can start streams", url=url)
+        _log.info("listening", url=url, upstream=upstream.name, version=aisse.__version__)
+        announce(url, upstream.name)
+        notifier.ready()
+
+        await stop.wait()
+        notifier.stopping()
+        _log.info(
+            "stopping",
+            streams=app[REGISTRY].active_streams,
+            readers=app[REGISTRY].readers,
+            unready_s=settings.unready_s,
+            drain_s=settings.drain_s,
+        )
+
+        async def close_listeners() -> None:
+            for site in sites:
+                await site.stop()
+
+        await app[DRAIN].run(close_listeners, report)
+    _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _supervised(notifier: Notifier, registry: Registry) -> AsyncIterator[None]:
+    """Tells the supervisor that the event loop turns, and what it is busy with, as long as the block runs."""
+    every_s = min(_STATUS_S, notifier.alive_every_s or _STATUS_S)
+
+    async def tell() -> None:
+        while True:
+            notifier.alive()
+            state = "draining: " if registry.draining else ""
+            notifier.status(f"{state}{registry.active_streams} streams, {registry.readers} readers")
+            await asyncio.sleep(every_s)
+
+    task = asyncio.create_task(tell(), name="supervisor")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _listen(
+    runner: web.AppRunner, settings: Settings, sockets: Sequence[socket.socket]
+) -> Sequence[web.BaseSite]:
+    sites: list[web.BaseSite] = [web.SockSite(runner, sock, backlog=_BACKLOG) for sock in sockets]
+    if not sites:
+        sites.append(web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG))
+    for site in sites:
         try:
             await site.start()
         except (OSError, UnicodeError) as error:
             # A name that cannot be one does not get as far as the system.
             why = getattr(error, "strerror", None) or "that is no host name"
+            if sockets:
+                raise ConfigError(f"LISTEN_FDS: cannot listen on an inherited socket: {why}") from None
             raise ConfigError(f"host, port: cannot listen on {settings.host}:{settings.port}: {why}") from None
-        host, port = runner.addresses[0][:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        if not settings.access_tokens:
-            _log.warning("no access tokens are set: whoever reaches this address can start streams", url=url)
-        _log.info("listening", url=url, upstream=upstream.name, version=aisse.__version__)
-        announce(url, upstream.name)
+    return sites
 
-        await stop.wait()
-        _log.info("stopping", drain_s=settings.drain_s)
-        await site.stop()
-        await runner.app[REGISTRY].drain(settings.drain_s)
-    _log.info("stopped")
+
+def _url(address: tuple[Any, ...] | str) -> str:
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def _upstream_address(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[str, str | None]:
@@ -151,6 +225,23 @@ def _check_limits(runner: web.AppRunner, settings: Settings) -> None:
     handler = runner.server()
     if handler.keepalive_timeout != settings.keep_alive_s or handler._lingering_time != _LINGERING_S:  # noqa: SLF001 - no public way to ask
         raise AssertionError("aiohttp did not take the limits that it was given")
+
+
+def _closing(registry: Registry) -> Middleware:
+    """While the server drains, its API's connections are closed with their answer: the next request goes elsewhere.
+
+    Not those of health: once the listener is closed, they alone can still tell how the drain goes.
+    """
+
+    @web.middleware
+    async def close(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        # A stream's has begun by now, and never carries `Connection: close`.
+        if registry.draining and not response.prepared and request.path.startswith("/api/"):
+            response.force_close()
+        return response
+
+    return close
 
 
 @web.middleware

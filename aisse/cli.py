@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -15,11 +16,12 @@ import structlog
 from pydantic import ValidationError
 
 import aisse
-from aisse import app, log
+from aisse import app, deploy, log
 from aisse.errors import ConfigError
 from aisse.settings import ENV_PREFIX, MASK, SECRETS, Loaded, Settings, load, shown
 from aisse.simulator import Script, Simulator
 from aisse.simulator.script import first_error
+from aisse.systemd import Notifier, inherited_sockets
 from aisse.upstream import PROVIDER_KEYS, key_for
 
 if TYPE_CHECKING:
@@ -84,10 +86,28 @@ def _serve(flags: dict[str, Any], file: Path | None) -> None:
         }.get(upstream, "")
         print(f"aisse {aisse.__version__} on {url}\nupstream: {upstream}{explained}", flush=True)
 
-    async def run() -> None:
-        await app.serve(settings, _stop_on_signals(), key_for=key, announce=announce)
+    notifier = Notifier.from_environment(os.environ)
+    sockets = inherited_sockets(os.environ)
 
-    _run(run())
+    async def run() -> None:
+        await app.serve(
+            settings,
+            _stop_on_signals(),
+            key_for=key,
+            announce=announce,
+            notifier=notifier,
+            sockets=sockets,
+            report=_progress_line if sys.stderr.isatty() else None,
+        )
+
+    with contextlib.closing(notifier):
+        _run(run())
+
+
+def _progress_line(streams: int, readers: int, left_s: float) -> None:
+    """One line of the terminal that is written anew each second: two hundred would bury what else was said."""
+    text = f"draining: {streams} streams, {readers} readers, {left_s:.0f} s left" if streams or readers else ""
+    print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _config(flags: dict[str, Any], file: Path | None) -> None:
@@ -101,6 +121,34 @@ def _config(flags: dict[str, Any], file: Path | None) -> None:
     name_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, value, origin in rows:
         print(f"{name:<{name_width}} = {value:<{value_width}}  # {origin}".rstrip(" #"))
+
+
+def _unit(options: dict[str, Any], file: Path | None) -> None:
+    settings = load({}, os.environ, file).settings
+    python = Path(sys.executable)
+    name: str | None = options["unit"]
+    print(
+        deploy.unit(name, settings, python, file) if name else deploy.all_units(settings, python, file).rstrip("\n"),
+        end="" if name else "\n",
+    )
+    if name is not None and name.endswith(".socket"):
+        return  # it starts nothing by itself
+    needed = [Path(sys.prefix), Path(sys.base_prefix), Path(aisse.__file__).parent]
+    hidden = deploy.hidden(needed if file is None else [*needed, file])
+    for line in hidden:
+        _note(line)
+    if hidden:
+        _note(
+            "install where services can read, with a Python that lies in no home either: "
+            "/usr/bin/python3 -m venv /opt/aisse, /opt/aisse/bin/pip install ..., and run this command from there"
+        )
+    variables = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
+    if variables:
+        _note(f"services do not get this environment; put into /etc/aisse/aisse.env: {', '.join(variables)}")
+
+
+def _note(text: str) -> None:
+    print(f"aisse: {text}", file=sys.stderr)
 
 
 def _simulate(flags: dict[str, Any], _file: Path | None) -> None:
@@ -211,6 +259,18 @@ def _parser(file: Path | None) -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
         _add_flags(sub, Settings, loaded)
+
+    sub = commands.add_parser(
+        "unit",
+        help="print the systemd units with this machine's paths",
+        description="Prints a systemd unit for the interpreter that runs this command and for the settings of the "
+        "TOML file and the environment; without a name all of them, and the commands to install them. "
+        "It says on standard error what a service could not read where it is.",
+        allow_abbrev=False,
+    )
+    sub.set_defaults(command=_unit)
+    sub.add_argument("unit", nargs="?", metavar="UNIT", help=f"one of {', '.join(deploy.UNITS)}")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings, which the service reads")
 
     sub = commands.add_parser(
         "simulate",

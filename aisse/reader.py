@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 from aiohttp import HttpVersion11, hdrs, web
@@ -43,6 +43,10 @@ _log = structlog.get_logger("aisse.reader")
 _PEER_GRACE_S = 5.0
 
 
+# How long a reader has to take its last event before its body is broken off.
+_BREAK_OFF_S = 1.0
+
+
 class StreamResponse(EventSourceResponse):
     """aiohttp-sse's response, without its ping task: nothing but a Reader may write here."""
 
@@ -62,6 +66,7 @@ class Reader:
         "_chunked",
         "_closing",
         "_compact",
+        "_control",
         "_last_taken",
         "_last_write",
         "_loop",
@@ -99,6 +104,7 @@ class Reader:
         self._chunked = False
         self._output_bytes = 0
         self._closing = False  # nothing may be written any more
+        self._control = b""
         self._waiter: asyncio.Future[None] | None = None
         self._written = 0  # as of the last look
         self._last_write = 0.0
@@ -138,6 +144,7 @@ class Reader:
         if ahead:
             # After a crash only: being woken by the stream instead would cost every token of every stream.
             while self._is_ahead():
+                await self._write_control()
                 stream.advance(stream.log.tail)  # it asked for none of that: waiting for it must not close the gate
                 await asyncio.sleep(_AHEAD_S)
             self.position = self._start()
@@ -208,16 +215,28 @@ class Reader:
         self.stream.advance(self.position)
         return frames
 
-    async def _write_what_is_logged(self) -> None:
+    async def _write_control(self) -> None:
+        while self._control:
+            await self._room()
+            control, self._control = self._control, b""
+            self._write(control)
+
+    async def _room(self) -> None:
         assert self._protocol is not None
+        if self._protocol.writing_paused:
+            assert self._writer is not None
+            await self._writer.drain()
+
+    async def _write_what_is_logged(self) -> None:
         while True:
-            if self._protocol.writing_paused:
-                assert self._writer is not None
-                await self._writer.drain()
+            await self._write_control()
+            await self._room()
             # drain() also returns when the connection was lost cleanly; the next write raises then.
             # Half a buffer at a time: what the kernel is given at once it keeps, whether the client takes it or not.
             frames = self._take(self._write_buffer_bytes // 2)
             if not frames:
+                if self._control:
+                    continue  # told while the socket was waited for: nobody else would write it
                 return
             self._write(frames)
             if self._compact:
@@ -242,6 +261,15 @@ class Reader:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._output_bytes += len(data)
         transport.write(data)
+
+    def tell(self, control: bytes) -> None:
+        """Has a control event written between two frames, as soon as the response is open and its socket has room.
+
+        One that was not written yet is replaced: only the last one still holds.
+        """
+        self._control = control
+        # By the task that alone waits for the socket: at the tail nobody would write to a reader that is blocked.
+        self.stream.fall_behind(self)
 
     # --- called by the stream ---------------------------------------------------------------------------------
 
@@ -313,3 +341,17 @@ class Reader:
     def buffered_bytes(self) -> int:
         """Bytes that wait for this reader's socket."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+
+async def turn_away(request: web.Request, response: StreamResponse, cursor: str | None, reconnect: bytes) -> NoReturn:
+    """Answers a request for a stream that is not here with `reconnect` alone, and breaks the body off a second later.
+
+    For a native EventSource, which gives up for good on any status but 200, so that it comes back with its cursor.
+    Raises ConnectionError in the end; cancelled when the client leaves before that.
+    """
+    writer = await response.prepare(request)
+    assert isinstance(writer, StreamWriter)
+    await writer.write(opening(RETRY_MS, cursor) + reconnect, drain=False)
+    # Chromium drops bytes that arrive together with the end of a connection that breaks.
+    await asyncio.sleep(_BREAK_OFF_S)
+    raise ConnectionResetError("turned away")

@@ -66,7 +66,8 @@ class Registry:
         self._readers: set[Reader] = set()
         self._relays: dict[str, tuple[Relay, asyncio.Task[None]]] = {}
         self._sweeper: asyncio.Task[None] | None = None
-        self.closing = False
+        self.draining = False
+        """No stream is started any more."""
         self._idle: asyncio.Future[None] | None = None
         self.generations = 0
         self.failed = 0
@@ -80,22 +81,22 @@ class Registry:
         """Starts the sweep."""
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="registry sweep")
 
-    async def drain(self, drain_s: float) -> None:
-        """Takes no new streams, and returns when all have ended and been read, or after `drain_s`."""
-        self.closing = True
+    async def idle(self, within_s: float) -> bool:
+        """Whether all streams have ended and all readers are gone, now or `within_s`. One caller at a time."""
         self._idle = asyncio.get_running_loop().create_future()
         self._tell_idle()
         try:
-            async with asyncio.timeout(drain_s):
+            async with asyncio.timeout(within_s):
                 await self._idle
         except TimeoutError:
-            _log.warning("streams still run at the end of the drain", streams=len(self._running))
+            return False
         finally:
             self._idle = None
+        return True
 
     async def close(self) -> None:
         """Ends every stream as `shutdown`, cancels and awaits every task. Idempotent."""
-        self.closing = True
+        self.draining = True
         for stream in list(self._running.values()):
             self.end(stream, Reason.SHUTDOWN)
         tasks = [task for _, task in self._relays.values()]
@@ -141,8 +142,7 @@ class Registry:
 
     def create(self, body: bytes, leave_s: float) -> Stream:
         """Starts a generation for `body`, the upstream's request. Raises RequestError (503) where there is no room."""
-        if self.closing:
-            raise RequestError(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
+        self.admit()
         if len(self._running) >= self._settings.max_streams:
             raise RequestError(503, "overloaded_error", "too many answers are being generated", retry_after_s=5)
         if not self._make_room():
@@ -171,6 +171,11 @@ class Registry:
         task.add_done_callback(lambda done: self._relay_done(stream, done))
         return stream
 
+    def admit(self) -> None:
+        """Raises RequestError (503) where no stream is started any more."""
+        if self.draining:
+            raise RequestError(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
+
     def end(self, stream: Stream, reason: Reason, error: StreamError | None = None) -> None:
         """Ends a stream from outside its relay and closes its upstream's connection at once. Idempotent."""
         if stream.finish(reason, error) and (owned := self._relays.get(stream.id)) is not None:
@@ -185,6 +190,10 @@ class Registry:
         finally:
             self._readers.discard(reader)
             self._tell_idle()
+
+    def attached(self) -> list[Reader]:
+        """The readers that the sweep looks after now."""
+        return list(self._readers)
 
     def _tell_idle(self) -> None:
         if self._idle is not None and not self._idle.done() and not self._running and not self._readers:

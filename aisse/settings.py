@@ -112,6 +112,10 @@ class Settings(BaseModel):
     stall_s: PositiveSeconds = _field(30, "a reader that takes no byte for so long is evicted")
     retention_s: Seconds = _field(300, "how long a finished stream can be read again")
     drain_s: Seconds = _field(25, "how long running streams may go on at shutdown")
+    unready_s: Seconds = _field(
+        0, "how long connections are still taken at shutdown, for balancers to see readiness go"
+    )
+    reconnect_spread_s: Seconds = _field(5, "readers that come back after a shutdown are spread over so long")
 
     log: Literal["memory"] = _field("memory", "where streams are kept for replay")
     log_format: Literal["auto", "json", "console"] = _field("auto", "auto: console on a terminal, else json")

@@ -135,6 +135,15 @@ def frame(event_type: str, data: str, event_id: str | None = None) -> bytes:
     return f"event: {event_type}\ndata: {data}\n{tail}\n".encode()
 
 
-def opening(retry_ms: int, cursor: str) -> bytes:
-    """A response's first lines. No blank line closes them: a parser holds them until the first event."""
-    return f"retry: {retry_ms}\nid: {cursor}\n".encode()
+def reconnect(retry_ms: int, *, resume: bool, deadline_ms: int) -> bytes:
+    """The control event of a server that shuts down. Without an id: it is no part of the stream and moves no cursor."""
+    data = f'{{"type":"reconnect","resume":{"true" if resume else "false"},"deadline_ms":{deadline_ms}}}'
+    return f"event: reconnect\nretry: {retry_ms}\ndata: {data}\n\n".encode()
+
+
+def opening(retry_ms: int, cursor: str | None) -> bytes:
+    """A response's first lines. No blank line closes them: a parser holds them until the first event.
+
+    None where the response continues from no event of ours.
+    """
+    return (f"retry: {retry_ms}\n" + (f"id: {cursor}\n" if cursor is not None else "")).encode()

@@ -282,8 +282,7 @@ class Stream:
         if reader not in self._readers:
             return
         self._readers.remove(reader)
-        if reader in self._caught_up:
-            self._leave_tail(reader, self.log.tail)
+        self.fall_behind(reader)
         if not self._readers:
             self.left = asyncio.get_running_loop().time()
             self.last_reader_stalled = stalled
@@ -294,6 +293,11 @@ class Stream:
         """The reader stands at the tail and gets what is published from now on, until `wake` is called."""
         self._caught_up = (*self._caught_up, reader)
         self._open_gate()
+
+    def fall_behind(self, reader: AttachedReader) -> None:
+        """Has the reader's own task write what comes next, if it stood at the tail."""
+        if reader in self._caught_up:
+            self._leave_tail(reader, self.log.tail)
 
     def advance(self, position: int) -> None:
         """A reader that is behind has got as far as `position`."""

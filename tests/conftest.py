@@ -12,7 +12,7 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from aisse.app import REGISTRY, create_app, runner_arguments
+from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
 from aisse.settings import Settings
 from aisse.simulator import Script, Simulator
 from aisse.upstream import Upstream
@@ -20,6 +20,7 @@ from aisse.upstream import Upstream
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
+    from aisse.drain import Drain
     from aisse.registry import Registry
 
 
@@ -38,6 +39,7 @@ class Server:
     settings: Settings
     registry: Registry
     runner: web.AppRunner
+    drain: Drain
 
     @property
     def chat(self) -> str:
@@ -52,7 +54,7 @@ class Server:
 @contextlib.asynccontextmanager
 async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> AsyncIterator[Server]:
     """An aisse in front of `upstream` (a base URL), with `settings` that differ from the defaults."""
-    effective = Settings.model_validate({"upstream": upstream, **settings})
+    effective = Settings.model_validate({"upstream": upstream, "drain_s": 0, **settings})
     app = create_app(effective, Upstream(upstream, effective, key=key))
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=2.0, **runner_arguments(effective))
     await runner.setup()
@@ -60,7 +62,7 @@ async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> 
         site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
         await site.start()
         host, port = runner.addresses[0][:2]
-        yield Server(f"http://{host}:{port}", effective, app[REGISTRY], runner)
+        yield Server(f"http://{host}:{port}", effective, app[REGISTRY], runner, app[DRAIN])
     finally:
         await runner.cleanup()
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-_OPENING = re.compile(r"retry: \d+\nid: (\S+\.\d+)\n")
+_OPENING = re.compile(r"retry: \d+\n(?:id: (\S+\.\d+)\n)?")
 _FRAME = re.compile(r"event: (.*)\n((?:data: .*\n)+)id: (\S+)\n\n")
+_CONTROL = re.compile(r"event: (reconnect)\nretry: (\d+)\ndata: (.*)\n\n")
 _HEARTBEAT = ": heartbeat\n"
 
 
@@ -35,16 +36,29 @@ class Frame:
         return int(self.id.rpartition(".")[2])
 
 
+@dataclass(frozen=True)
+class Control:
+    """One control event: it has a time to come back after, and no id."""
+
+    event: str
+    retry_ms: int
+    data: dict[str, Any]
+
+
 @dataclass
 class Written:
-    """What one or more writes of the server held, in order: `"heartbeat"`, frames, and the opening's cursor."""
+    """What one or more writes of the server held, in order: heartbeats, frames, controls, and the opening's cursor."""
 
     opening: str | None = None
-    items: list[Frame | str] = field(default_factory=list)
+    items: list[Frame | Control | str] = field(default_factory=list)
 
     @property
     def frames(self) -> list[Frame]:
         return [item for item in self.items if isinstance(item, Frame)]
+
+    @property
+    def controls(self) -> list[Control]:
+        return [item for item in self.items if isinstance(item, Control)]
 
     @property
     def heartbeats(self) -> int:
@@ -52,7 +66,7 @@ class Written:
 
 
 def parse(payload: bytes) -> Written:
-    """Takes an event stream apart. AssertionError unless it consists of whole frames and whole heartbeats only."""
+    """Takes an event stream apart. AssertionError unless it consists of whole events and whole heartbeats only."""
     text = payload.decode()
     written = Written()
     position = 0
@@ -63,6 +77,10 @@ def parse(payload: bytes) -> Written:
         if text.startswith(_HEARTBEAT, position):
             written.items.append("heartbeat")
             position += len(_HEARTBEAT)
+            continue
+        if (match := _CONTROL.match(text, position)) is not None:
+            written.items.append(Control(match[1], int(match[2]), json.loads(match[3])))
+            position = match.end()
             continue
         match = _FRAME.match(text, position)
         assert match is not None, f"neither a frame nor a heartbeat: {text[position : position + 200]!r}"

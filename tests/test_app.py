@@ -205,7 +205,7 @@ async def test_unexpected_exception_is_logged_without_its_message(
 
 async def test_embedded_in_a_test_server_it_streams_and_ends_its_streams(simulator: Simulator) -> None:
     """No runner of ours: neither the session nor the sweep may depend on one."""
-    app = application(simulator.url)
+    app = application(simulator.url, drain_s=0.2)
     async with TestClient(TestServer(app)) as client:
         async with client.post("/api/chat", json=prompt("[[tokens=3]]")) as response:
             assert response.status == 200
@@ -239,7 +239,7 @@ async def test_embedded_under_a_runner_that_decompresses_compressed_bodies_are_s
 
 
 async def test_shutdown_of_an_embedder_ends_a_running_stream_with_shutdown(simulator: Simulator) -> None:
-    app = application(simulator.url)
+    app = application(simulator.url, drain_s=0.2)
     async with TestClient(TestServer(app)) as client:
         response = await client.post("/api/chat", json=prompt("[[pace=20 tokens=10000]]"))
         reading = asyncio.create_task(response.text())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 
 from aisse.errors import RequestError
-from aisse.reader import Reader
+from aisse.reader import Reader, StreamResponse, turn_away
 from aisse.routes.access import Access
 from aisse.routes.question import read_body, upstream_body
 from aisse.stream import State
@@ -19,6 +19,7 @@ from aisse.stream import State
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aisse.drain import Drain
     from aisse.registry import Registry
     from aisse.settings import Settings
     from aisse.stream import Stream
@@ -29,10 +30,11 @@ _FIRST_READER_S = 10.0
 # Beyond this JavaScript's numbers have holes.
 _MAX_SEQ = 2**53
 
-_CURSOR = re.compile(r"([A-Za-z0-9_-]{22})\.([0-9]{1,16})")
+_ID = r"[A-Za-z0-9_-]{22}"
+_CURSOR = re.compile(rf"({_ID})\.([0-9]{{1,16}})")
 
 
-def routes(settings: Settings, registry: Registry) -> list[web.RouteDef]:
+def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.RouteDef]:
     """The chat API. Handlers raise RequestError and StreamError; `app` turns them into responses."""
     access = Access(settings)
 
@@ -42,7 +44,12 @@ def routes(settings: Settings, registry: Registry) -> list[web.RouteDef]:
         if cursor is not None:
             # Clients repeat their POST on a lost connection: it joins, whatever its body, and never starts anything.
             await read_body(request, settings)
-            return await read(request, registry.get(cursor[0]), cursor[1])
+            try:
+                return await read(request, registry.get(cursor[0]), cursor[1])
+            except RequestError:
+                # It may be on the server that follows this one.
+                registry.admit()
+                raise
         stream = start(request.headers, await read_body(request, settings), who)
         # Nothing may wait before a reader is attached: a stream that nobody has attached to is nobody's to end.
         if _prefers_async(request.headers):
@@ -61,16 +68,17 @@ def routes(settings: Settings, registry: Registry) -> list[web.RouteDef]:
         return registry.create_once((who, key), question, leave_s)
 
     async def get(request: web.Request) -> web.StreamResponse:
-        stream = registry.get(request.match_info["stream"])
+        try:
+            stream = registry.get(request.match_info["stream"])
+        except RequestError:
+            # Of a text that is no id nothing may get into headers.
+            wellformed = re.fullmatch(_ID, request.match_info["stream"]) is not None
+            if registry.draining and wellformed and not _wants_state(request.headers.get(hdrs.ACCEPT, "")):
+                return await elsewhere(request)
+            raise
         if _wants_state(request.headers.get(hdrs.ACCEPT, "")):
             return web.json_response(state_of(stream), headers={"Cache-Control": "no-store"} | _location(stream))
-        text = request.headers.get("Last-Event-ID") or request.query.get("last_event_id", "")
-        cursor = parse_cursor(text or request.query.get("lastEventId", ""))
-        seq = 0
-        if cursor is not None:
-            if cursor[0] != stream.id:
-                raise RequestError(400, "invalid_request_error", "is a cursor of another stream", "Last-Event-ID")
-            seq = cursor[1]
+        seq = cursor_in(request) or 0
         compacted = request.query.get("compact") == "1"
         if stream.state is State.ENDED and seq == stream.log.last_seq:
             # The one answer on which a native EventSource stops for good.
@@ -84,8 +92,21 @@ def routes(settings: Settings, registry: Registry) -> list[web.RouteDef]:
 
     async def read(request: web.Request, stream: Stream, seq: int, *, compacted: bool = False) -> web.StreamResponse:
         reader = Reader(stream, settings, seq, compacted=compacted)
+        if registry.draining:
+            # While this server can go on with it, nobody else can.
+            reader.tell(drain.reconnect(resume=False))
         with registry.reading(reader):
             return await reader.run(request)
+
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        seq = cursor_in(request)
+        stream_id = request.match_info["stream"]
+        await turn_away(
+            request,
+            StreamResponse(stream_id, settings.stall_s),
+            f"{stream_id}.{seq}" if seq is not None else None,
+            drain.reconnect(resume=True),
+        )
 
     async def accept(stream: Stream) -> web.Response:
         with stream.asked():
@@ -104,6 +125,17 @@ def routes(settings: Settings, registry: Registry) -> list[web.RouteDef]:
         web.delete("/api/chat/{stream}", stop),
         web.post("/api/chat/{stream}/stop", stop),
     ]
+
+
+def cursor_in(request: web.Request) -> int | None:
+    """After which event of the stream in its path `request` goes on; None for no cursor. Raises RequestError (400)."""
+    text = request.headers.get("Last-Event-ID") or request.query.get("last_event_id", "")
+    cursor = parse_cursor(text or request.query.get("lastEventId", ""))
+    if cursor is None:
+        return None
+    if cursor[0] != request.match_info["stream"]:
+        raise RequestError(400, "invalid_request_error", "is a cursor of another stream", "Last-Event-ID")
+    return cursor[1]
 
 
 def parse_cursor(text: str) -> tuple[str, int] | None:

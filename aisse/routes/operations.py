@@ -27,7 +27,7 @@ def routes(
         troubles = registry.troubles()
         stalled, oldest_s = registry.stalls()
         body: dict[str, object] = {
-            "status": "draining" if registry.closing else "degraded" if troubles else "healthy",
+            "status": "draining" if registry.draining else "degraded" if troubles else "healthy",
             "activeStreams": registry.active_streams,
             "totalRequests": registry.generations,
             "failedRequests": registry.failed,
@@ -53,7 +53,7 @@ def routes(
         return web.json_response({"status": "live"}, headers=_UNCACHED)
 
     async def ready(_request: web.Request) -> web.Response:
-        if registry.closing:
+        if registry.draining:
             return web.json_response({"status": "draining"}, status=503, headers=_UNCACHED)
         return web.json_response({"status": "ready"}, headers=_UNCACHED)
 

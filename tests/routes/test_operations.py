@@ -20,8 +20,6 @@ from aisse.registry import KEPT_BYTES, SWEEP_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    import aiohttp
-
     from aisse.simulator import Simulator
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -376,28 +374,3 @@ async def refused_as_overloaded(server: Server, message: str) -> None:
     error = answer.json()["error"]
     assert error["type"] == "overloaded_error"
     assert message in error["message"]
-
-
-# --- draining -------------------------------------------------------------------------------------------------
-
-
-async def test_draining_server_is_live_but_not_ready_and_takes_nothing_new(
-    server: Server, simulator: Simulator, client: aiohttp.ClientSession
-) -> None:
-    async with client.post(server.chat, json=prompt("[[tokens=40 pace=100]]")) as running:
-        draining = asyncio.create_task(server.registry.drain(30))
-        await eventually(lambda: server.registry.closing)
-        said = await health(server)
-        assert said["status"] == "draining"
-        assert said["activeStreams"] == 1
-        async with client.get(server.url + "/health/ready") as response:
-            assert response.status == 503
-            assert response.headers["Cache-Control"] == "no-store"
-            assert await response.json() == {"status": "draining"}
-        async with client.get(server.url + "/health/live") as response:
-            assert response.status == 200
-        await refused_as_overloaded(server, "shutting down")
-        assert simulator.stats.requests == 1
-        # What runs goes on to its end.
-        assert '"reason":"complete"' in await running.text()
-    await draining

@@ -1,0 +1,104 @@
+"""The shutdown sequence: unready, no listener, every reader told, streams run to their end, the rest is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import structlog
+
+from aisse.sse import reconnect
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aisse.registry import Registry
+    from aisse.settings import Settings
+
+    Report = Callable[[int, int, float], None]
+
+# The process is to be gone two seconds after the deadline, and aiohttp needs one of them for its part: readers get this
+# to take their `end`, then they are cut off.
+_LAST_BYTES_S = 0.5
+
+_REPORT_S = 1.0
+
+_log = structlog.get_logger("aisse.drain")
+
+
+class Drain:
+    """Ends a server's streams without cutting off whoever can be waited for. `run` once, ask the rest at any time."""
+
+    def __init__(self, settings: Settings, registry: Registry) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._deadline = 0.0
+        self._lock = asyncio.Lock()
+        self._done = False
+
+    async def run(
+        self, close_listener: Callable[[], Awaitable[None]] | None = None, report: Report | None = None
+    ) -> None:
+        """Returns when every stream has ended and every reader is gone: at the latest unready_s + drain_s + 1 s on.
+
+        Without `close_listener` connections are taken no more already: `unready_s` does not pass. `report` gets the
+        numbers of streams and readers that are left and the seconds until the deadline, once a second; without it they
+        are logged. Idempotent: whoever calls it again waits for the first. Cancelling it leaves streams running, for
+        `Registry.close` to end.
+        """
+        async with self._lock:
+            if not self._done:
+                await self._run(close_listener, report or _log_progress)
+                self._done = True
+
+    async def _run(self, close_listener: Callable[[], Awaitable[None]] | None, report: Report) -> None:
+        registry = self._registry
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        unready_s = settings.unready_s if close_listener is not None else 0.0
+        self._deadline = loop.time() + unready_s + settings.drain_s
+        registry.draining = True
+        if close_listener is not None:
+            await asyncio.sleep(unready_s)
+            await close_listener()
+        for reader in registry.attached():
+            reader.tell(self.reconnect(resume=False))
+        await self._wait_idle(report)
+        if registry.active_streams:
+            _log.warning(
+                "streams still run at the deadline and are ended; drain_s says how long they may",
+                streams=registry.active_streams,
+                drain_s=settings.drain_s,
+            )
+        await registry.close()
+        if not await registry.idle(_LAST_BYTES_S):
+            _log.warning("readers did not take their last bytes and are cut off", readers=registry.readers)
+            for reader in registry.attached():
+                reader.evict()
+            await registry.idle(_LAST_BYTES_S)
+
+    async def _wait_idle(self, report: Report) -> None:
+        loop = asyncio.get_running_loop()
+        if await self._registry.idle(0):
+            return
+        while (left_s := self._deadline - loop.time()) > 0:
+            idle = await self._registry.idle(min(left_s, _REPORT_S))
+            report(self._registry.active_streams, self._registry.readers, max(0.0, self._deadline - loop.time()))
+            if idle:
+                return
+
+    def reconnect(self, *, resume: bool) -> bytes:
+        """The event that tells one reader when to come back if its connection ends.
+
+        `resume` says to come back now, elsewhere. The time is drawn evenly from `reconnect_spread_s` for each, so that
+        a thousand readers do not come back in the same moment.
+        """
+        left_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        # Not for secrets: any even spread will do.
+        retry_s = random.uniform(0, self._settings.reconnect_spread_s)  # noqa: S311
+        return reconnect(round(retry_s * 1000), resume=resume, deadline_ms=round(left_s * 1000))
+
+
+def _log_progress(streams: int, readers: int, left_s: float) -> None:
+    _log.info("draining", streams=streams, readers=readers, left_s=round(left_s, 1))
