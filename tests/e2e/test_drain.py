@@ -1,0 +1,211 @@
+"""SIGTERM to a server with many streams half-way; TESTS_SOAK=1 runs the full numbers: 1,000 streams, 50 times."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+from command import health, served
+from conftest import prompt
+from rawclient import RawClient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import aiohttp
+
+SOAK = os.environ.get("TESTS_SOAK") == "1"
+
+STREAMS = 1000 if SOAK else 120
+ROUNDS = 50 if SOAK else 2
+DRAIN_S = 6.0
+SPREAD_S = 5.0
+
+# One in ten stops reading once its answer has begun; three in ten end within the drain, the others cannot.
+STALLED = "[[tokens=100000 token_bytes=500 pace=200]]"
+SHORT = "[[tokens=9 pace=3 jitter=0]]"
+LONG = "[[tokens=100000 pace=2]]"
+
+
+@dataclass
+class Probe:
+    """Asks for readiness and for a new stream, each on connections from before, as fast as answers come.
+
+    From a thread with blocking sockets: a client that reads a thousand streams would measure its own event loop.
+    """
+
+    address: tuple[str, int]
+    unready_at: float = 0.0
+    """When the first answer that was not 200 came."""
+    refused_at: float = 0.0
+    """When the first POST that was refused was sent."""
+    started_after: int = 0
+    """Streams that were started by a POST sent after the first refusal."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        # Made while the listener is open. A refused POST ends its connection, so that there is one for each.
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.create_connection(self.address, 10)) for _ in range(200)]
+            thread = threading.Thread(target=self._run, args=(sockets,))
+            thread.start()
+            try:
+                yield
+            finally:
+                self._stop.set()
+                thread.join()
+
+    def _run(self, sockets: list[socket.socket]) -> None:
+        ready, *posts = sockets
+        body = json.dumps(prompt("[[tokens=1 pace=0]]")).encode()
+        head = f"Host: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nAisse-On-Leave: cancel"
+        while not self._stop.is_set() and posts:
+            ready.sendall(b"GET /health/ready HTTP/1.1\r\nHost: test\r\n\r\n")
+            if b" 200 " not in ready.recv(4096).split(b"\r\n")[0] and not self.unready_at:
+                self.unready_at = time.monotonic()
+            sent_at = time.monotonic()
+            sock = posts.pop()
+            sock.sendall(b"POST /api/chat HTTP/1.1\r\n" + head.encode() + b"\r\n\r\n" + body)
+            started = b" 503 " not in sock.recv(65536).split(b"\r\n")[0]
+            if not started and not self.refused_at:
+                self.refused_at = sent_at
+            if started and self.refused_at:
+                self.started_after += 1
+            self._stop.wait(0.02)
+
+
+async def ask(address: tuple[str, int], text: str) -> RawClient:
+    client = await RawClient.connect(address)
+    await client.post(prompt(text))
+    await client.answered()
+    assert client.status == 200
+    return client
+
+
+@pytest.mark.timeout(3600 if SOAK else 180)
+async def test_signal_under_many_streams_tells_every_reader_and_is_gone_in_time() -> None:
+    unready_ms: list[float] = []
+    gone_s: list[float] = []
+    for _ in range(ROUNDS):
+        told_ms = await _one_round(unready_ms, gone_s)
+        tenths = Counter(min(9, told * 10 // round(SPREAD_S * 1000)) for told in told_ms)
+        # 5 to 15 % of a thousand is five standard deviations of an even spread; of a hundred it is not two.
+        slack = len(told_ms) / (20 if SOAK else 5)
+        assert all(abs(tenths[tenth] - len(told_ms) / 10) <= slack for tenth in range(10)), tenths
+    print(  # noqa: T201 - the figures
+        f"{ROUNDS} x {STREAMS} streams: unready after {statistics.median(unready_ms):.1f} ms, at most "
+        f"{max(unready_ms):.1f}; gone {max(gone_s) - DRAIN_S:.2f} s after the deadline at most"
+    )
+    # 100 ms where nothing else is to be done; among other tests no more can be shown than that it does not wait.
+    assert max(unready_ms) < (100 if SOAK else 3000)
+    assert max(gone_s) < DRAIN_S + 2
+
+
+async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
+    """One server's life; returns the times that its readers were told, in milliseconds."""
+    told_ms: list[int] = []
+    # The short ones last: none of them has ended when the signal comes.
+    texts = [STALLED] * (STREAMS // 10) + [LONG] * (STREAMS * 6 // 10) + [SHORT] * (STREAMS * 3 // 10)
+    async with (
+        served(
+            *("--upstream", "simulator", "--drain-s", str(DRAIN_S), "--reconnect-spread-s", str(SPREAD_S)),
+            *("--first-byte-commit-s", "0", "--leave-s", "0"),
+        ) as running,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        clients: list[RawClient] = []
+        for at in range(0, len(texts), 50):
+            clients += await asyncio.gather(*(ask(running.address, text) for text in texts[at : at + 50]))
+        for client in clients:
+            stack.callback(client.close)
+        readers = [client for client, text in zip(clients, texts, strict=True) if text != STALLED]
+        reading = [asyncio.create_task(client.read_to_end(DRAIN_S + 20)) for client in readers]
+        probe = Probe(running.address)
+        with probe.running():
+            await asyncio.sleep(0.2)  # some answers are further on than others
+            signalled = time.monotonic()
+            os.kill(running.pid, 15)
+            assert await running.exit(DRAIN_S + 20) == 0
+            gone_s.append(time.monotonic() - signalled)
+        await asyncio.gather(*reading)
+
+        assert probe.unready_at
+        assert probe.refused_at
+        unready_ms.append(1000 * (max(probe.unready_at, probe.refused_at) - signalled))
+        assert probe.started_after == 0
+        reasons: Counter[str] = Counter()
+        for client in readers:
+            assert client.body.ended
+            assert client.body.rest == b""
+            written = client.written  # fails for a chunk that is not whole events
+            (control,) = written.controls
+            told_ms.append(control.retry_ms)
+            assert [frame.seq for frame in written.frames] == list(range(1, len(written.frames) + 1))
+            assert written.frames[-1].event == "end"
+            reasons[json.loads(written.frames[-1].data)["reason"]] += 1
+        assert reasons == {"complete": texts.count(SHORT), "shutdown": texts.count(LONG)}
+        log = running.log()  # fails for anything that is no log line, such as a traceback
+        assert log[-1]["event"] == "stopped"
+        assert not [line for line in log if line["level"] in {"error", "critical"} or "Task" in line["event"]]
+    return told_ms
+
+
+async def test_progress_of_a_drain_is_in_the_log(client: aiohttp.ClientSession) -> None:
+    async with (
+        served("--upstream", "simulator", "--drain-s", "30") as running,
+        client.post(running.url + "/api/chat", json=prompt("[[tokens=50 pace=20]]")) as response,
+    ):
+        assert (await health(client, running))["activeStreams"] == 1
+        os.kill(running.pid, 15)
+        assert '"reason":"complete"' in await response.text()
+        assert await running.exit() == 0
+        (stopping,) = running.logged("stopping")
+        assert (stopping["streams"], stopping["readers"], stopping["drain_s"]) == (1, 1, 30.0)
+        first, *_, last = running.logged("draining")
+        assert (first["streams"], first["readers"]) == (1, 1)
+        assert last["left_s"] < first["left_s"] < 30
+
+
+async def test_progress_of_a_drain_on_a_terminal_is_one_line_that_is_written_anew() -> None:
+    import pty
+    import sys
+
+    ours, theirs = pty.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "aisse", "serve", "--upstream", "simulator", "--port", "0", "--drain-s", "30"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=theirs,
+        )
+        try:
+            assert process.stdout is not None
+            url = (await process.stdout.readline()).decode().split()[-1]
+            host, _, port = url.removeprefix("http://").rpartition(":")
+            async with await ask((host, int(port)), "[[tokens=50 pace=20]]") as asked:
+                process.terminate()
+                await asked.read_to_end()
+            async with asyncio.timeout(20):
+                assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        text = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "\r\x1b[2Kdraining: 1 streams, 1 readers, 29 s left\r\x1b[2K" in text
+    # What follows stands at the beginning of a clean line.
+    assert "left\n" not in text.replace("\r\n", "\n")
