@@ -131,13 +131,17 @@ class RawClient:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def connect(cls, address: tuple[str, int], *, receive_buffer_bytes: int | None = None) -> Self:
-        """Connects; with `receive_buffer_bytes`, to a kernel buffer of that size instead of the system's."""
+    async def connect(
+        cls, address: tuple[str, int], *, receive_buffer_bytes: int | None = None, source: str | None = None
+    ) -> Self:
+        """Connects from the address `source`; with `receive_buffer_bytes`, to a kernel buffer of that size."""
         sock = socket.socket()
         sock.setblocking(False)
         try:
             if receive_buffer_bytes is not None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+            if source is not None:
+                sock.bind((source, 0))
             await asyncio.get_running_loop().sock_connect(sock, address)
         except BaseException:
             sock.close()
