@@ -8,10 +8,10 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from activation import activated
-from command import START_S, command, ending, events
+from command import START_S, ending
 from conftest import eventually, prompt
 from manager import ENVIRONMENT, PROGRAM, PYTHON, Manager, UnavailableError, booted
 
@@ -31,7 +31,7 @@ from aisse.settings import Settings
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from aisse.simulator import Simulator
 
@@ -252,24 +252,23 @@ async def test_supervisor_that_is_gone_does_not_stop_the_service(
 async def test_restarts_with_the_socket_held_refuse_nobody(
     supervisor: Supervisor, simulator: Simulator, held: socket.socket
 ) -> None:
-    drain_s, restarts = 6.0, 6
+    drain_s, restarts = 25.0, 6
     draining: list[tuple[float, float]] = []
     arguments = ("--drain-s", str(drain_s))
-    async with contextlib.AsyncExitStack() as last:
-        async with flowing(url_of(held), limit_s=drain_s + 2) as flow:
-            for _ in range(restarts):
-                supervisor.lines.clear()
-                async with started(supervisor, simulator.url, *arguments, listening=held) as (process, log):
-                    await eventually(lambda: supervisor.said("READY=1"), START_S)
-                    enough = len(flow.answered) + 20
-                    await eventually(lambda: len(flow.answered) >= enough, 30)  # noqa: B023 - called here alone
-                    terminated = time.monotonic()
-                    process.terminate()
-                    assert await exit_code(process) == 0
-                    draining.append((terminated, time.monotonic()))
-                    assert '"level": "error"' not in log.read_text()
-            # Whoever still waits is served by one more.
-            await last.enter_async_context(started(supervisor, simulator.url, *arguments, listening=held))
+    async with contextlib.AsyncExitStack() as last, flowing(url_of(held), limit_s=drain_s + 2) as flow:
+        for _ in range(restarts):
+            supervisor.lines.clear()
+            async with started(supervisor, simulator.url, *arguments, listening=held) as (process, log):
+                await eventually(lambda: supervisor.said("READY=1"), START_S)
+                enough = len(flow.answered) + 20
+                await eventually(lambda: len(flow.answered) >= enough, 30)  # noqa: B023 - called here alone
+                terminated = time.monotonic()
+                process.terminate()
+                assert await exit_code(process) == 0
+                draining.append((terminated, time.monotonic()))
+                assert '"level": "error"' not in log.read_text()
+        # Whoever still waits is served by one more.
+        await last.enter_async_context(started(supervisor, simulator.url, *arguments, listening=held))
     assert flow.failed == []
     assert len(flow.answered) >= 20 * restarts
     assert max(took for _, took in flow.answered) <= drain_s + 2
@@ -307,3 +306,236 @@ async def test_socket_of_systemd_socket_activate_is_served(
         if process.returncode is None:
             process.kill()
         await process.communicate()
+
+
+# --- a real instance of systemd -------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    """The units as they are printed, in a running instance, in front of a simulator."""
+
+    manager: Manager
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def stderr(self) -> str:
+        """What services wrote to standard error."""
+        file = self.manager.directory / "stderr"
+        return file.read_text() if file.exists() else ""
+
+    def set(self, **settings: object) -> None:
+        """What is in /etc/aisse/aisse.env."""
+        lines = [f"AISSE_{name.upper()}={value}\n" for name, value in settings.items()]
+        (self.manager.directory / "etc/aisse.env").write_text("".join(lines))
+
+    async def change(self, unit: str, *lines: str) -> None:
+        """Lines of a service's section that differ from the shipped ones."""
+        self.manager.write(f"{unit}.d/test.conf", "\n".join(["[Service]", *lines, ""]))
+        await self.manager.reload()
+
+    async def until(self, unit: str, name: str, expected: str, timeout_s: float = 60) -> None:
+        """Returns once a property of a unit has that value."""
+        value = ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (value := await self.manager.show(unit, name)) != expected:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise AssertionError(f"{name} of {unit} is {value}\n{self.manager.log()}\n{self.stderr}") from None
+
+    async def ended_well(self, unit: str) -> None:
+        """It came to the end of its shutdown and exited 0, and systemd had nothing to kill."""
+        assert await self.manager.show(unit, "ActiveState") == "inactive", self.manager.log()
+        about = [line for line in self.manager.log().splitlines() if f"{unit}: " in line]
+        assert about[-1].endswith(f"{unit}: Deactivated successfully."), about
+        assert not any("Killing" in line or "exited" in line for line in about)
+        assert json.loads(self.stderr.splitlines()[-1])["event"] == "stopped"
+
+
+@pytest.fixture
+async def machine(simulator: Simulator) -> AsyncIterator[Machine]:
+    host, port = own_address()
+    if shutil.which(PROGRAM) is None and "systemd" in REQUIRED:
+        pytest.fail("systemd is not installed (Debian's package is systemd)")
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            manager = await stack.enter_async_context(booted())
+        except UnavailableError as error:
+            pytest.skip(str(error))
+        machine = Machine(manager, host, port)
+        etc = manager.directory / "etc"
+        etc.mkdir()
+        (etc / "upstream_key").write_text(KEY)
+        (etc / "upstream_key").chmod(0o600)
+        machine.set(upstream=simulator.url, host=host)
+        for name in deploy.UNITS:
+            text = deploy.unit(name, Settings(host=host, port=port), PYTHON, None)
+            manager.write(name, text.replace("/etc/aisse/", f"{etc}/"))
+            if name.endswith(".service"):
+                # Where the interpreter's imports are, and where the log can be read from outside.
+                lines = [f"Environment={variable}={value}" for variable, value in ENVIRONMENT.items()]
+                lines.append(f"StandardError=append:{manager.directory}/stderr")
+                manager.write(f"{name}.d/here.conf", "\n".join(["[Service]", *lines, ""]))
+        await manager.reload()
+        yield machine
+
+
+def asked(client: aiohttp.ClientSession, url: str, text: str = "[[pace=0 tokens=3]]") -> Any:
+    return client.post(url + "/api/chat", json=prompt(text))
+
+
+def about(pid: int, what: str) -> str:
+    return Path(f"/proc/{pid}/{what}").read_text()
+
+
+async def test_unit_runs_as_it_is_shipped(
+    machine: Machine, simulator: Simulator, client: aiohttp.ClientSession
+) -> None:
+    manager = machine.manager
+    await manager.ctl("start", "aisse.service")  # returns when it is ready
+    assert (await manager.ctl("is-active", "aisse.service", "aisse.socket")).split() == ["active", "active"]
+    await machine.until("aisse.service", "StatusText", "0 streams, 0 readers")
+
+    async with asked(client, machine.url) as response:
+        assert ending(await response.text()) == "complete"
+    assert (simulator.stats.requests, simulator.stats.keyed) == (1, 1)  # the credential arrived
+
+    async with client.get(machine.url + "/health") as response:
+        assert (await response.json())["memoryMB"] > 0  # of what is left of /proc
+    pid = await manager.main_pid("aisse.service")
+    status = about(pid, "status")
+    assert re.search(r"^Uid:\t(?!0\t)", status, re.MULTILINE)
+    for capabilities in re.findall(r"^Cap\w+:\t(\w+)$", status, re.MULTILINE):
+        assert int(capabilities, 16) == 0
+    (open_files,) = re.findall(r"^Max open files +(\d+) ", about(pid, "limits"), re.MULTILINE)
+    # An instance that may not raise limits gives what it has.
+    assert int(open_files) in {20064, min(20064, resource.getrlimit(resource.RLIMIT_NOFILE)[1])}
+    assert KEY not in about(pid, "environ")
+
+    async with asked(client, machine.url, "[[tokens=100000 pace=20]]") as response:
+        await machine.until("aisse.service", "StatusText", "1 streams, 1 readers")
+        response.close()
+    await manager.ctl("stop", "aisse.socket", "aisse.service")
+    await machine.ended_well("aisse.service")
+    for line in machine.stderr.splitlines():
+        assert json.loads(line)["level"] in {"info", "warning"}, line
+
+
+async def test_first_connection_starts_the_service(machine: Machine, client: aiohttp.ClientSession) -> None:
+    await machine.manager.ctl("start", "aisse.socket")
+    assert await machine.manager.show("aisse.service", "ActiveState") == "inactive"
+    async with asyncio.timeout(START_S), asked(client, machine.url) as response:
+        assert ending(await response.text()) == "complete"
+    assert await machine.manager.show("aisse.service", "ActiveState") == "active"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGSTOP], ids=["blocked", "stopped"])
+async def test_event_loop_that_does_not_turn_is_started_again(
+    machine: Machine, client: aiohttp.ClientSession, number: signal.Signals
+) -> None:
+    await machine.change(
+        "aisse.service", "WatchdogSec=4", "ExecStart=", f"ExecStart={PYTHON} -c {json.dumps(_BLOCKABLE)}"
+    )
+    await machine.manager.ctl("start", "aisse.service")
+    assert await machine.manager.show("aisse.service", "NRestarts") == "0"
+    os.kill(await machine.manager.main_pid("aisse.service"), number)
+    # Whoever comes meanwhile waits for the next process.
+    async with asyncio.timeout(START_S), asked(client, machine.url) as response:
+        assert ending(await response.text()) == "complete"
+    assert await machine.manager.show("aisse.service", "NRestarts") == "1"
+    assert "aisse.service: Watchdog timeout" in machine.manager.log()
+    assert "Fatal Python error: Aborted" in machine.stderr  # and where it was
+    if number == signal.SIGUSR1:
+        assert 'File "<string>", line 1 in <lambda>' in machine.stderr
+
+
+async def test_drain_outlives_the_watchdog_and_its_readers_are_told(
+    machine: Machine, client: aiohttp.ClientSession
+) -> None:
+    await machine.change("aisse.service", "WatchdogSec=4", "Environment=AISSE_DRAIN_S=9")
+    await machine.manager.ctl("start", "aisse.service")
+    async with asked(client, machine.url, "[[tokens=100000 pace=20]]") as response:
+        assert response.status == 200
+        await machine.manager.ctl("stop", "--no-block", "aisse.socket", "aisse.service")
+        await machine.until("aisse.service", "StatusText", "draining: 1 streams, 1 readers")
+        assert await machine.manager.show("aisse.service", "ActiveState") == "deactivating"
+        text = await response.text()
+    assert ending(text) == "shutdown"
+    assert text.count("\nevent: reconnect\n") == 1
+    await machine.until("aisse.service", "ActiveState", "inactive")
+    await machine.ended_well("aisse.service")
+
+
+async def test_restarts_of_the_service_refuse_nobody(machine: Machine) -> None:
+    await machine.manager.ctl("start", "aisse.service")
+    async with flowing(machine.url, limit_s=Settings().drain_s + 2) as flow:
+        for _ in range(4):
+            enough = len(flow.answered) + 20
+            await eventually(lambda: len(flow.answered) >= enough, 30)  # noqa: B023 - called here alone
+            await machine.manager.ctl("restart", "aisse.service")
+    assert flow.failed == []
+    assert len(flow.answered) >= 80
+    assert await machine.manager.show("aisse.service", "NRestarts") == "0"  # none by itself
+
+
+async def test_instances_serve_a_port_each_and_stop_one_by_one(machine: Machine, client: aiohttp.ClientSession) -> None:
+    ports = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            probe = stack.enter_context(socket.socket())
+            probe.bind((machine.host, 0))
+            ports.append(probe.getsockname()[1])
+    units = [f"aisse@{port}.service" for port in ports]
+    await machine.manager.ctl("start", *units)
+    for port in ports:
+        async with asked(client, f"http://{machine.host}:{port}") as response:
+            assert ending(await response.text()) == "complete"
+    await machine.manager.ctl("stop", units[0])
+    await machine.ended_well(units[0])
+    async with asked(client, f"http://{machine.host}:{ports[1]}") as response:
+        assert ending(await response.text()) == "complete"
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await asked(client, f"http://{machine.host}:{ports[0]}")
+    await machine.manager.ctl("restart", units[1])
+    async with asked(client, f"http://{machine.host}:{ports[1]}") as response:
+        assert ending(await response.text()) == "complete"
+    await machine.manager.ctl("stop", units[1])
+    await machine.ended_well(units[1])
+
+
+async def test_wrong_setting_stays_down_and_is_said(machine: Machine) -> None:
+    machine.set(heartbeat_s=0)
+    code, _ = await machine.manager.run("systemctl", "start", "aisse@3001.service")
+    assert code != 0
+    assert await machine.manager.show("aisse@3001.service", "ExecMainStatus") == "78"
+    await stays_down(machine, "aisse@3001.service")
+    assert machine.stderr.startswith("aisse: AISSE_HEARTBEAT_S: ")
+    assert machine.stderr.count("\n") == 1
+
+
+async def test_missing_key_stays_down_and_is_said(machine: Machine) -> None:
+    (machine.manager.directory / "etc/upstream_key").unlink()
+    code, _ = await machine.manager.run("systemctl", "start", "aisse@3001.service")
+    assert code != 0
+    await stays_down(machine, "aisse@3001.service")
+    assert "status=243/CREDENTIALS" in machine.manager.log()
+
+
+async def stays_down(machine: Machine, unit: str) -> None:
+    """Where systemd would start it again, it is `activating (auto-restart)` from the moment it failed."""
+    assert await machine.manager.show(unit, "ActiveState") == "failed", machine.manager.log()
+    assert await machine.manager.show(unit, "NRestarts") == "0"
+
+
+async def test_crash_is_followed_by_a_start(machine: Machine, client: aiohttp.ClientSession) -> None:
+    await machine.manager.ctl("start", "aisse.service")
+    os.kill(await machine.manager.main_pid("aisse.service"), signal.SIGKILL)
+    async with asyncio.timeout(START_S), asked(client, machine.url) as response:
+        assert ending(await response.text()) == "complete"
+    assert await machine.manager.show("aisse.service", "NRestarts") == "1"
