@@ -18,7 +18,7 @@ from pydantic import ValidationError
 import aisse
 from aisse import app, deploy, log
 from aisse.errors import ConfigError
-from aisse.settings import ENV_PREFIX, MASK, SECRETS, Loaded, Settings, load, shown
+from aisse.settings import ENV_PREFIX, MASK, SECRETS, Loaded, Settings, is_loopback, load, shown
 from aisse.simulator import Script, Simulator
 from aisse.simulator.script import first_error
 from aisse.systemd import Notifier, inherited_sockets
@@ -88,6 +88,13 @@ def _serve(flags: dict[str, Any], file: Path | None) -> None:
 
     notifier = Notifier.from_environment(os.environ)
     sockets = inherited_sockets(os.environ)
+    if not settings.open and not settings.access_tokens:
+        for inherited in sockets:
+            # What the settings require of `host`, which these stand in for.
+            if not is_loopback(inherited.getsockname()[0]):
+                raise ConfigError(
+                    "LISTEN_FDS: beyond loopback anybody could start streams; set AISSE_ACCESS_TOKENS, or say --open"
+                )
 
     async def run() -> None:
         await app.serve(

@@ -276,6 +276,25 @@ async def test_restarts_with_the_socket_held_refuse_nobody(
     assert all(any(begin <= at <= end for begin, end in draining) for at in flow.turned_away)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environ", "code"),
+    [((), {}, 78), (("--open",), {}, 0), ((), {"AISSE_ACCESS_TOKENS": "a-token-of-some-length"}, 0)],
+)
+async def test_inherited_socket_beyond_loopback_needs_what_such_a_host_needs(
+    supervisor: Supervisor, simulator: Simulator, arguments: tuple[str, ...], environ: dict[str, str], code: int
+) -> None:
+    with socket.socket() as everywhere:
+        everywhere.bind(("0.0.0.0", 0))
+        everywhere.listen()
+        async with started(supervisor, simulator.url, *arguments, listening=everywhere, **environ) as (process, log):
+            await eventually(lambda: supervisor.said("READY=1") or process.returncode is not None, START_S)
+            if code == 0:
+                process.terminate()
+            assert await exit_code(process) == code
+            assert (log.read_text().startswith("aisse: LISTEN_FDS: ")) == (code != 0)
+            assert supervisor.said("READY=1") == (code == 0)
+
+
 @needs_activate
 async def test_socket_of_systemd_socket_activate_is_served(
     supervisor: Supervisor, simulator: Simulator, client: aiohttp.ClientSession
