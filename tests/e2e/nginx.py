@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIGURATION = Path(__file__).parents[2] / "nginx"
 DEBIAN = Path("/usr/sbin/nginx")
+START_S = 30.0
 EXIT_S = 10.0
 
 # What a distribution's own nginx.conf may hold around ours; gzip as eager as it gets.
@@ -180,7 +181,6 @@ async def nginx(
             http2_directive=version(binary) >= (1, 25, 1),
             workers=workers,
         )
-        check(binary, folder)
         descriptors = [sock.fileno() for sock in listening]
         process = await asyncio.create_subprocess_exec(
             *_command(binary, folder),
@@ -195,6 +195,11 @@ async def nginx(
         for sock in listening:
             sock.close()
         try:
+            async with asyncio.timeout(START_S):
+                # Written when the sockets are set up; one that was accepted before would lack `sndbuf`.
+                while not ((pid := folder / "nginx.pid").exists() and pid.stat().st_size):
+                    assert process.returncode is None, (folder / "stderr").read_text()
+                    await asyncio.sleep(0.005)
             yield Nginx(process, folder, addresses[-1], tls, addresses[0])
         finally:
             await _end(process)

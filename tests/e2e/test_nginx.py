@@ -600,7 +600,7 @@ async def test_refusals_of_nginx_itself_have_the_shape_of_ours(binary: Path) -> 
             assert (status, error["type"]) == (400, "invalid_request_error")
             answers = await asyncio.gather(*(post(way, b"no JSON") for _ in range(150)))
             limited = [(error, headers) for status, error, headers in answers if status == 429]
-            assert 0 < len(limited) < 100  # at least the burst has passed
+            assert 0 < len(limited) <= 100  # at least the burst has passed
             assert {status for status, _, _ in answers} == {400, 429}
             assert {error["type"] for error, _ in limited} == {"rate_limit_error"}
             assert {headers["retry-after"] for _, headers in limited} == {"5"}
