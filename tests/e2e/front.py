@@ -128,8 +128,8 @@ class Client:
         """Reads until there are status and headers."""
         async with asyncio.timeout(timeout_s):
             while not self.status:
+                assert not self.broken, "no answer has come"
                 await self.read()
-                assert self.status or not self.broken, "no answer has come"
 
     async def until(self, text: bytes, timeout_s: float = 20.0) -> None:
         """Reads until `text` has come."""
