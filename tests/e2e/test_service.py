@@ -45,7 +45,8 @@ needs_activate = pytest.mark.skipif(
 
 # Serves like the command does, until a signal blocks its event loop for good.
 _BLOCKABLE = (
-    "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600)); "
+    "import os, signal, time; "
+    "signal.signal(signal.SIGUSR1, lambda *_: (os.write(2, b'now blocked'), time.sleep(3600))); "
     "from aisse.cli import main; main(['serve'])"
 )
 
@@ -392,7 +393,8 @@ async def machine(simulator: Simulator) -> AsyncIterator[Machine]:
         etc.mkdir()
         (etc / "upstream_key").write_text(KEY)
         (etc / "upstream_key").chmod(0o600)
-        machine.set(upstream=simulator.url, host=host)
+        # By name: a service has to be able to look one up.
+        machine.set(upstream=simulator.url.replace("127.0.0.1", "localhost"), host=host)
         for name in deploy.UNITS:
             text = deploy.unit(name, Settings(host=host, port=port), PYTHON, None)
             manager.write(name, text.replace("/etc/aisse/", f"{etc}/"))
@@ -463,7 +465,9 @@ async def test_event_loop_that_does_not_turn_is_started_again(
     )
     await machine.manager.ctl("start", "aisse.service")
     assert await machine.manager.show("aisse.service", "NRestarts") == "0"
-    os.kill(await machine.manager.main_pid("aisse.service"), number)
+    pid = await machine.manager.main_pid("aisse.service")
+    os.kill(pid, number)
+    await eventually(lambda: "now blocked" in machine.stderr or "State:\tT" in about(pid, "status"))
     # Whoever comes meanwhile waits for the next process.
     async with asyncio.timeout(START_S), asked(client, machine.url) as response:
         assert ending(await response.text()) == "complete"
