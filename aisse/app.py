@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 import aisse
 from aisse.drain import Drain
 from aisse.errors import ConfigError, RequestError, StreamError, error_body
+from aisse.listener import Listener
 from aisse.registry import Registry
 from aisse.routes import chat, operations, pages
 from aisse.systemd import Notifier
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
 DRAIN: web.AppKey[Drain] = web.AppKey("drain", Drain)
-
-# Connections that wait to be accepted. aiohttp's 128 is refused away by one burst of reconnecting readers.
-_BACKLOG = 4096
 
 # How long the rest of a refused body is read, so that the client gets to see the refusal.
 _LINGERING_S = 2.0
@@ -71,9 +69,9 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     app.add_routes(chat.routes(settings, registry, drain))
     app.add_routes(operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started))
     app.add_routes(pages.routes())
-    for path in ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}"):
+    for path in ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}", "/api/chat/{stream:[A-Za-z0-9_-]{22}}/stop"):
         app.router.add_route("OPTIONS", path, _preflight)
-    app.on_response_prepare.append(_cors(settings.cors_origins))
+    app.on_response_prepare.append(_api_headers(settings.cors_origins))
     app.on_shutdown.append(shutdown)
     app.cleanup_ctx.append(parts)
     return app
@@ -130,8 +128,10 @@ async def serve(
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         _check_limits(runner, settings)
-        sites = await _listen(runner, settings, sockets)
-        url = _url(runner.addresses[0])
+        assert runner.server is not None
+        listener = await Listener.open(runner.server, settings.host, settings.port, sockets)
+        stack.push_async_callback(listener.close)
+        url = listener.url
         if not settings.access_tokens:
             _log.warning("no access tokens are set: whoever reaches this address can start streams", url=url)
         _log.info("listening", url=url, upstream=upstream.name, version=aisse.__version__)
@@ -148,11 +148,7 @@ async def serve(
             drain_s=settings.drain_s,
         )
 
-        async def close_listeners() -> None:
-            for site in sites:
-                await site.stop()
-
-        await app[DRAIN].run(close_listeners, report)
+        await app[DRAIN].run(listener.close, report)
     _log.info("stopped")
 
 
@@ -174,31 +170,6 @@ async def _supervised(notifier: Notifier, registry: Registry) -> AsyncIterator[N
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def _listen(
-    runner: web.AppRunner, settings: Settings, sockets: Sequence[socket.socket]
-) -> Sequence[web.BaseSite]:
-    sites: list[web.BaseSite] = [web.SockSite(runner, sock, backlog=_BACKLOG) for sock in sockets]
-    if not sites:
-        sites.append(web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG))
-    for site in sites:
-        try:
-            await site.start()
-        except (OSError, UnicodeError) as error:
-            # A name that cannot be one does not get as far as the system.
-            why = getattr(error, "strerror", None) or "that is no host name"
-            if sockets:
-                raise ConfigError(f"LISTEN_FDS: cannot listen on an inherited socket: {why}") from None
-            raise ConfigError(f"host, port: cannot listen on {settings.host}:{settings.port}: {why}") from None
-    return sites
-
-
-def _url(address: tuple[Any, ...] | str) -> str:
-    if isinstance(address, str):
-        return f"unix:{address}"
-    host, port = address[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def _upstream_address(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[str, str | None]:
@@ -283,11 +254,15 @@ def _answer_to(error: Exception, method: str) -> web.Response:
     return response
 
 
-def _cors(allowed: tuple[str, ...]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """Lets pages of the allowed origins read our responses, and the headers that a stream is found by."""
+def _api_headers(allowed: tuple[str, ...]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """Keeps responses out of caches, and lets pages of the allowed origins read them and how a stream is found."""
 
     async def add(request: web.Request, response: web.StreamResponse) -> None:
-        if not allowed or not request.path.startswith("/api/"):
+        if not request.path.startswith("/api/"):
+            return
+        # A 404 or 204 without it may be kept (RFC 9111, section 4.2.2), and what it says is soon no longer true.
+        response.headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
+        if not allowed:
             return
         response.headers.add(hdrs.VARY, hdrs.ORIGIN)
         origin = request.headers.get(hdrs.ORIGIN)
@@ -299,7 +274,7 @@ def _cors(allowed: tuple[str, ...]) -> Callable[[web.Request, web.StreamResponse
 
 
 async def _preflight(_request: web.Request) -> web.Response:
-    """Fetch, section 3.3 "CORS-preflight": what may be asked; whether a page may is said by `_cors`."""
+    """Fetch, section 3.3 "CORS-preflight": what may be asked; whether a page may is said by `_api_headers`."""
     return web.Response(
         status=204,
         headers={

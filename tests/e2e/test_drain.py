@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import aiohttp
 import pytest
 from command import health, served
 from conftest import prompt
@@ -21,8 +22,6 @@ from rawclient import RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import aiohttp
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 
@@ -32,7 +31,7 @@ DRAIN_S = 6.0
 SPREAD_S = 5.0
 
 # One in ten stops reading once its answer has begun; three in ten end within the drain, the others cannot.
-STALLED = "[[tokens=100000 token_bytes=500 pace=200]]"
+STALLED = "[[tokens=100000 token_bytes=8000 pace=10]]"
 SHORT = "[[tokens=9 pace=3 jitter=0]]"
 LONG = "[[tokens=100000 pace=2]]"
 
@@ -51,6 +50,8 @@ class Probe:
     """When the first POST that was refused was sent."""
     started_after: int = 0
     """Streams that were started by a POST sent after the first refusal."""
+    unanswered_at: float = 0.0
+    """When the first request was sent that got no answer, which ends the probe."""
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @contextlib.contextmanager
@@ -70,23 +71,32 @@ class Probe:
         ready, *posts = sockets
         body = json.dumps(prompt("[[tokens=1 pace=0]]")).encode()
         head = f"Host: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nAisse-On-Leave: cancel"
+        post = b"POST /api/chat HTTP/1.1\r\n" + head.encode() + b"\r\n\r\n" + body
         while not self._stop.is_set() and posts:
-            ready.sendall(b"GET /health/ready HTTP/1.1\r\nHost: test\r\n\r\n")
-            if b" 200 " not in ready.recv(4096).split(b"\r\n")[0] and not self.unready_at:
+            status = self._status(ready, b"GET /health/ready HTTP/1.1\r\nHost: test\r\n\r\n")
+            if status == b"503" and not self.unready_at:
                 self.unready_at = time.monotonic()
             sent_at = time.monotonic()
-            sock = posts.pop()
-            sock.sendall(b"POST /api/chat HTTP/1.1\r\n" + head.encode() + b"\r\n\r\n" + body)
-            started = b" 503 " not in sock.recv(65536).split(b"\r\n")[0]
-            if not started and not self.refused_at:
+            status = self._status(posts.pop(), post)
+            if status == b"503" and not self.refused_at:
                 self.refused_at = sent_at
-            if started and self.refused_at:
+            if status == b"200" and self.refused_at:
                 self.started_after += 1
+            if not status:
+                self.unanswered_at = sent_at
+                return
             self._stop.wait(0.02)
+
+    def _status(self, sock: socket.socket, request: bytes) -> bytes:
+        try:
+            sock.sendall(request)
+            return sock.recv(65536)[9:12]
+        except ConnectionError:
+            return b""
 
 
 async def ask(address: tuple[str, int], text: str) -> RawClient:
-    client = await RawClient.connect(address)
+    client = await RawClient.connect(address, receive_buffer_bytes=16 << 10 if text == STALLED else None)
     await client.post(prompt(text))
     await client.answered()
     assert client.status == 200
@@ -115,8 +125,8 @@ async def test_signal_under_many_streams_tells_every_reader_and_is_gone_in_time(
 async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
     """One server's life; returns the times that its readers were told, in milliseconds."""
     told_ms: list[int] = []
-    # The short ones last: none of them has ended when the signal comes.
-    texts = [STALLED] * (STREAMS // 10) + [LONG] * (STREAMS * 6 // 10) + [SHORT] * (STREAMS * 3 // 10)
+    stalled = STREAMS // 10
+    texts = [STALLED] * stalled + [LONG] * (STREAMS * 6 // 10) + [SHORT] * (STREAMS * 3 // 10)
     async with (
         served(
             *("--upstream", "simulator", "--drain-s", str(DRAIN_S), "--reconnect-spread-s", str(SPREAD_S)),
@@ -124,13 +134,20 @@ async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
         ) as running,
         contextlib.AsyncExitStack() as stack,
     ):
-        clients: list[RawClient] = []
-        for at in range(0, len(texts), 50):
-            clients += await asyncio.gather(*(ask(running.address, text) for text in texts[at : at + 50]))
-        for client in clients:
-            stack.callback(client.close)
-        readers = [client for client, text in zip(clients, texts, strict=True) if text != STALLED]
-        reading = [asyncio.create_task(client.read_to_end(DRAIN_S + 20)) for client in readers]
+        readers: list[RawClient] = []
+        reading: list[asyncio.Task[None]] = []
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        for at in range(0, len(texts), stalled):
+            asked = await asyncio.gather(*(ask(running.address, text) for text in texts[at : at + stalled]))
+            for client in asked:
+                stack.callback(client.close)
+            if at == 0:
+                async with asyncio.timeout(60):
+                    while (await health(session, running))["stalledReaders"] < stalled:
+                        await asyncio.sleep(0.1)
+                continue
+            readers += asked
+            reading += [asyncio.create_task(client.read_to_end(DRAIN_S + 20)) for client in asked]
         probe = Probe(running.address)
         with probe.running():
             await asyncio.sleep(0.2)  # some answers are further on than others
@@ -144,6 +161,8 @@ async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
         assert probe.refused_at
         unready_ms.append(1000 * (max(probe.unready_at, probe.refused_at) - signalled))
         assert probe.started_after == 0
+        # Only the end of the process may cross a request on its way.
+        assert probe.unanswered_at == 0 or probe.unanswered_at > signalled + DRAIN_S
         reasons: Counter[str] = Counter()
         for client in readers:
             assert client.body.ended
