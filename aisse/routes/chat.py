@@ -19,6 +19,8 @@ from aisse.stream import State
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from multidict import CIMultiDictProxy
+
     from aisse.drain import Drain
     from aisse.registry import Registry
     from aisse.settings import Settings
@@ -56,7 +58,7 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
             return await accept(stream)
         return await read(request, stream, 0)
 
-    def start(headers: Mapping[str, str], body: bytes, who: bytes) -> Stream:
+    def start(headers: CIMultiDictProxy[str], body: bytes, who: bytes) -> Stream:
         # A function of its own, so that the body goes when it has been sent.
         question = upstream_body(body, settings)
         leave_s = parse_leave(headers, settings)
@@ -77,7 +79,7 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
                 return await elsewhere(request)
             raise
         if _wants_state(request.headers.get(hdrs.ACCEPT, "")):
-            return web.json_response(state_of(stream), headers={"Cache-Control": "no-store"} | _location(stream))
+            return web.json_response(state_of(stream), headers=_location(stream))
         seq = cursor_in(request) or 0
         compacted = request.query.get("compact") == "1"
         if stream.state is State.ENDED and seq == stream.log.last_seq:
@@ -129,22 +131,24 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
 
 def cursor_in(request: web.Request) -> int | None:
     """After which event of the stream in its path `request` goes on; None for no cursor. Raises RequestError (400)."""
-    text = request.headers.get("Last-Event-ID") or request.query.get("last_event_id", "")
-    cursor = parse_cursor(text or request.query.get("lastEventId", ""))
-    if cursor is None:
-        return None
-    if cursor[0] != request.match_info["stream"]:
-        raise RequestError(400, "invalid_request_error", "is a cursor of another stream", "Last-Event-ID")
-    return cursor[1]
+    given = ((request.headers, "Last-Event-ID"), (request.query, "last_event_id"), (request.query, "lastEventId"))
+    for source, name in given:
+        cursor = parse_cursor(source.get(name, ""), name)
+        if cursor is None:
+            continue
+        if cursor[0] != request.match_info["stream"]:
+            raise RequestError(400, "invalid_request_error", "is a cursor of another stream", name)
+        return cursor[1]
+    return None
 
 
-def parse_cursor(text: str) -> tuple[str, int] | None:
+def parse_cursor(text: str, field: str = "Last-Event-ID") -> tuple[str, int] | None:
     """Stream and sequence number of `<stream>.<seq>`, None for no text. Raises RequestError (400)."""
     if not text:
         return None
     match = _CURSOR.fullmatch(text)
     if match is None or int(match[2]) > _MAX_SEQ:
-        raise RequestError(400, "invalid_request_error", "is no cursor of this server", "Last-Event-ID")
+        raise RequestError(400, "invalid_request_error", "is no cursor of this server", field)
     return match[1], int(match[2])
 
 
@@ -190,12 +194,20 @@ def _location(stream: Stream) -> dict[str, str]:
     return {hdrs.CONTENT_LOCATION: f"/api/chat/{stream.id}"}
 
 
-def _prefers_async(headers: Mapping[str, str]) -> bool:
-    # RFC 7240: preferences are separated by commas, each may have parameters.
-    return any(
-        part.partition(";")[0].strip().lower() == "respond-async" for part in headers.get("Prefer", "").split(",")
-    )
+def _prefers_async(headers: CIMultiDictProxy[str]) -> bool:
+    # RFC 7240, section 2: in any number of fields, separated by commas, each with parameters.
+    preferences = ",".join(headers.getall("Prefer", [])).split(",")
+    return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
 
 
 def _wants_state(accept: str) -> bool:
-    return "text/event-stream" not in accept and "application/json" in accept
+    """Whether JSON is preferred to a stream (RFC 9110, section 12.5.1); `*/*` alone means the stream."""
+    qualities = dict(map(_media_range, accept.split(",")))
+    json_quality = qualities.get("application/json", 0.0)
+    return json_quality > qualities.get("text/event-stream", 0.0) and json_quality >= qualities.get("*/*", 0.0)
+
+
+def _media_range(text: str) -> tuple[str, float]:
+    media, *parameters = (part.strip().lower() for part in text.split(";"))
+    weight = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
+    return media, float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 0.0

@@ -636,7 +636,7 @@ async def test_answer_to_others_still_says_that_it_depends_on_the_origin(
 
 async def test_preflight_of_an_allowed_origin_allows_what_clients_send(simulator: Simulator) -> None:
     async with serving(simulator.url, cors_origins=(ALLOWED,), access_tokens=(TOKEN,)) as server:
-        for path in ("/api/chat", "/api/chat/AAAAAAAAAAAAAAAAAAAAAA"):
+        for path in ("/api/chat", "/api/chat/AAAAAAAAAAAAAAAAAAAAAA", f"/api/chat/{'A' * 22}/stop"):
             answer = await preflight(server, path, ALLOWED)
             assert answer.status == 204
             assert answer.headers["Access-Control-Allow-Origin"] == ALLOWED
@@ -960,3 +960,90 @@ async def test_malformed_http_is_refused_without_a_traceback(server: Server, sim
         assert b"Traceback" not in answer.body
         assert await connection.rest() == b""
     untouched(server, simulator)
+
+
+# --- headers that have a grammar ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "accepted"),
+    [
+        (["respond-async"], True),
+        (["wait=10, Respond-Async"], True),
+        (["respond-async;foo=bar"], True),
+        (["wait=10", "respond-async"], True),
+        (["respond-asynchronously"], False),
+        (["handling=lenient"], False),
+    ],
+)
+async def test_preference_for_an_answer_at_once_is_found_in_every_field(
+    server: Server, fields: list[str], accepted: bool
+) -> None:
+    body = json.dumps(prompt("[[tokens=2]]")).encode()
+    lines = request("POST", "/api/chat", body)
+    head, _, rest = lines.partition(b"\r\n")
+    async with connected(server.address) as connection:
+        await connection.send(
+            b"\r\n".join([head, *(b"Prefer: " + field.encode() for field in fields)]) + b"\r\n" + rest
+        )
+        assert (await connection.answer()).status == (202 if accepted else 200)
+
+
+@pytest.mark.parametrize(
+    ("accept", "state"),
+    [
+        ("application/json", True),
+        ("Application/JSON; charset=utf-8", True),
+        ("application/json, text/plain, */*", True),
+        ("text/event-stream;q=0.5, application/json", True),
+        ("text/event-stream;q=0, application/json", True),
+        ("", False),
+        ("*/*", False),
+        ("text/event-stream", False),
+        ("text/event-stream, application/json", False),
+        ("text/event-stream, application/json;q=0.9", False),
+        ("application/json;q=0, */*", False),
+        ("application/json;q=0.5, */*", False),
+        ("application/json;q=much", False),
+        ("application/json-patch+json", False),
+        (";;,,q=", False),
+    ],
+)
+async def test_accept_decides_between_the_stream_and_its_state(server: Server, accept: str, state: bool) -> None:
+    async with connected(server.address) as connection:
+        await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=2]]")).encode()))
+        path = (await connection.answer()).headers["Content-Location"]
+        await connection.send(request("GET", path, headers={"Accept": accept}))
+        answer = await connection.answer("GET")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"].partition(";")[0] == ("application/json" if state else "text/event-stream")
+
+
+async def test_every_answer_of_the_api_but_a_stream_stays_out_of_caches(server: Server) -> None:
+    async with connected(server.address) as connection:
+        await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=2]]")).encode()))
+        stream = await connection.answer()
+        assert stream.headers["Cache-Control"] == "no-cache, no-transform"
+        path = stream.headers["Content-Location"]
+        last_id = re.findall(rb"^id: (.*)$", stream.body, re.MULTILINE)[-1].decode()
+        for method, target, headers, status in (
+            ("GET", path, {"Accept": "application/json"}, 200),
+            ("GET", path, {"Last-Event-ID": last_id}, 204),
+            ("DELETE", path, {}, 204),
+            ("GET", "/api/chat/" + "A" * 22, {}, 404),
+            ("GET", path, {"Last-Event-ID": "no"}, 400),
+        ):
+            await connection.send(request(method, target, headers=headers))
+            answer = await connection.answer(method)
+            assert (answer.status, answer.headers["Cache-Control"]) == (status, "no-store")
+
+
+@pytest.mark.parametrize("name", ["last_event_id", "lastEventId"])
+async def test_cursor_in_the_query_that_is_none_is_named_as_it_was_given(server: Server, name: str) -> None:
+    async with connected(server.address) as connection:
+        await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=2]]")).encode()))
+        path = (await connection.answer()).headers["Content-Location"]
+        await connection.send(request("GET", f"{path}?{name}=nothing"))
+        answer = await connection.answer("GET")
+    assert answer.status == 400
+    assert answer.json()["error"]["field"] == name
