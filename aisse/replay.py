@@ -7,10 +7,38 @@ sequence number is found by looking for its `id:` line: no index is kept beside 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from typing import Protocol
 
 # A segment is closed once it holds this much: large enough that its overhead vanishes, small enough that one
 # read of it does not flood a socket's buffer.
 SEGMENT_BYTES = 16 << 10
+
+
+class Log(Protocol):
+    """What streams and readers know of a log. Everything is synchronous and answers from this process's own memory.
+
+    A log that is shared mirrors from here to where it is shared, or from there to here, beside these calls.
+    """
+
+    tail: int
+    """Position behind the last frame."""
+    last_seq: int
+    """Number of the last frame; 0 while there is none."""
+
+    def append(self, frames: bytes, last_seq: int) -> None:
+        """Adds whole frames, the last of which has number `last_seq`. Not to be called after `seal`."""
+
+    def read(self, position: int, limit: int = ...) -> bytes:
+        """Whole frames from `position` on, at most `limit` bytes of them but at least one; empty at the tail."""
+
+    def position_after(self, seq: int) -> int:
+        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it."""
+
+    def seal(self) -> None:
+        """The stream has ended: nothing more comes."""
+
+    def discard(self) -> None:
+        """Forgets everything and gives its memory back; the log must not be used again."""
 
 
 class ReplayMemory:
@@ -24,7 +52,7 @@ class ReplayMemory:
 
 
 class MemoryLog:
-    """One stream's log in this process's memory. Nothing here waits or fails; bounds are the caller's."""
+    """A log in this process's memory alone. Nothing here fails; bounds are the caller's."""
 
     __slots__ = ("_id_line", "_lasts", "_memory", "_open", "_segments", "_starts", "last_seq", "tail")
 
@@ -39,7 +67,7 @@ class MemoryLog:
         self.last_seq = 0
 
     def append(self, frames: bytes, last_seq: int) -> None:
-        """Adds whole frames, the last of which has number `last_seq`."""
+        """Counts the bytes as used; closes the segment that they fill."""
         size = len(frames)
         if size >= SEGMENT_BYTES and not self._open:
             # Kept as it is: growing a buffer to be copied leaves holes in the heap, a tenth of all that is stored.
@@ -55,7 +83,7 @@ class MemoryLog:
             self._close_segment()
 
     def read(self, position: int, limit: int = SEGMENT_BYTES) -> bytes:
-        """Whole frames from `position` on, at most `limit` bytes of them but at least one; empty at the tail."""
+        """Never beyond the end of a segment."""
         closed_end = self.tail - len(self._open)
         segment: bytes | bytearray
         if position >= closed_end:
@@ -72,7 +100,7 @@ class MemoryLog:
         return bytes(segment[offset:end])
 
     def position_after(self, seq: int) -> int:
-        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it."""
+        """Looks through one segment."""
         if seq <= 0:
             return 0
         if seq >= self.last_seq:
@@ -89,12 +117,12 @@ class MemoryLog:
         return start + segment.index(line) + len(line)
 
     def seal(self) -> None:
-        """Gives back spare memory; called when the stream has ended."""
+        """Gives back spare memory."""
         if self._open:
             self._close_segment()
 
     def discard(self) -> None:
-        """Forgets everything and gives its memory back; the log must not be used again."""
+        """Counts the bytes as free."""
         self._memory.used -= self.tail
         self._segments.clear()
         self._starts.clear()

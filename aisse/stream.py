@@ -23,7 +23,7 @@ from aisse.sse import frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aisse.replay import MemoryLog
+    from aisse.replay import Log
 
 
 class State(enum.Enum):
@@ -132,7 +132,7 @@ class Stream:
     def __init__(
         self,
         stream_id: str,
-        log: MemoryLog,
+        log: Log,
         *,
         now: float,
         read_ahead_bytes: int,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aisse.replay import SEGMENT_BYTES, MemoryLog, ReplayMemory
+from aisse.replay import SEGMENT_BYTES, Log, MemoryLog, ReplayMemory
 from aisse.sse import Parser, frame
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -25,7 +25,6 @@ PROPERTY = settings(
 
 STREAM = "fqBYVmVpYWb0mJ4ZXc_-1A"
 
-Log = MemoryLog
 NewLog = Callable[[ReplayMemory], Log]
 
 
