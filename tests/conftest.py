@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 import uvloop
 from aiohttp import web
+from hypothesis import settings as hypothesis_settings
 
 from aisse.app import REGISTRY, create_app, runner_arguments
 from aisse.settings import Settings
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from aisse.registry import Registry
+
+# An example may take as long as a busy machine makes it. The same examples each time, but where there is time for more.
+hypothesis_settings.register_profile("tests", deadline=None, derandomize=os.environ.get("TESTS_SOAK") != "1")
+hypothesis_settings.load_profile("tests")
 
 
 def pytest_asyncio_loop_factories(

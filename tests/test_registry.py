@@ -273,7 +273,7 @@ async def test_finished_stream_is_kept_for_its_retention_and_for_as_long_as_it_i
         stream = b.finished()
         assert stream.ended is not None
         await eventually(lambda: stream not in b.kept)
-        assert 0.4 <= loop.time() - stream.ended < 1.4
+        assert loop.time() - stream.ended >= 0.4
         assert b.kept == [read]
         reader.leave()
         await eventually(lambda: b.kept == [])
@@ -352,18 +352,19 @@ async def test_close_right_after_create_leaves_no_task() -> None:
     assert stream.reason is Reason.SHUTDOWN
 
 
-async def test_close_does_not_wait_for_an_upstream_that_never_ends_its_body(simulator: Simulator) -> None:
-    loop = asyncio.get_running_loop()
+async def test_close_does_not_wait_for_an_upstream_that_never_ends_its_body(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aisse.relay._TAIL_S", 60.0)
     async with serving(simulator.url) as server, await RawClient.connect(server.address) as client:
         await client.post(prompt("[[tokens=3 fault=stall at=1000]]"))
         await client.answered()
         await client.read_to_end()
         assert server.registry.active_streams == 0
         assert len(server.registry._relays) == 1
-        begun = loop.time()
-        await server.registry.close()
+        async with asyncio.timeout(10):
+            await server.registry.close()
         assert not server.registry._relays
-        assert loop.time() - begun < 0.5
 
 
 async def test_close_of_a_registry_that_never_started_does_nothing() -> None:
@@ -468,7 +469,7 @@ async def test_reader_whose_record_fails_costs_the_others_no_heartbeat(simulator
             for stream in [*streams, *streams]:
                 bad.enter_context(server.registry.reading(BadReader(stream, server.settings)))
             for client in clients:
-                await client.read_until(lambda client: client.written.heartbeats >= 3, timeout_s=4)
+                await client.read_until(lambda client: client.written.heartbeats >= 3, timeout_s=10)
             await eventually(lambda: abandoned.reason is Reason.ABANDONED)
         assert any(line["event"] == "reader failed" for line in logs)
         assert [stream.reason for stream in streams] == [None] * 4
@@ -547,8 +548,8 @@ async def test_lag_of_the_event_loop_is_measured() -> None:
         assert b.registry.loop_lag_s < 0.5
         # Nothing else runs until well past the next sweep.
         time.sleep(1.8)  # noqa: ASYNC251 - it is what is measured
-        await eventually(lambda: b.registry.loop_lag_s > 0.5, timeout_s=1)
-        assert b.registry.loop_lag_s < 2
+        await eventually(lambda: b.registry.loop_lag_s > 0.5)
+        assert b.registry.loop_lag_s < 10
         assert any("event loop" in trouble for trouble in b.registry.troubles())
         await eventually(lambda: not b.registry.troubles())
 

@@ -1,6 +1,6 @@
 """Readers whose connections are cut: at every byte, at random moments, and long after the answer has ended.
 
-AISSE_SOAK=1 runs the full numbers.
+TESTS_SOAK=1 runs the full numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from aisse.simulator import Simulator
 
-SOAK = os.environ.get("AISSE_SOAK") == "1"
+SOAK = os.environ.get("TESTS_SOAK") == "1"
 
 # More readers at once than this would find the client's own event loop the bottleneck.
 AT_ONCE = 256
