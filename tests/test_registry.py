@@ -298,7 +298,7 @@ async def test_forgotten_streams_are_garbage(simulator: Simulator) -> None:
             async with await RawClient.connect(server.address) as client:
                 await client.post(prompt(f"[[{script}]]"))
                 await client.answered()
-        await eventually(lambda: alive() == before)
+        await eventually(lambda: alive() == before, timeout_s=30)  # each look goes through all objects of the process
         assert server.registry.generations == 4
 
 

@@ -182,6 +182,8 @@ def check_cut(answer: Answer, cut: int) -> None:
     assert answer.end["usage"] == usage
 
 
+# Every byte takes its time, and more of it where the machine has other things to do.
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize(
     ("framing", "step"),

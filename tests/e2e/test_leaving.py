@@ -375,7 +375,7 @@ async def test_cycles_of_leaving_leave_no_task_and_no_object(
         before = things()
         await cycle(Server(server.address, os.getpid(), turn), upstream, CYCLES if SOAK else 50)
         with contextlib.suppress(TimeoutError):
-            await eventually(lambda: things() == before)
+            await eventually(lambda: things() == before, timeout_s=30)  # each look goes through all objects
         assert things() == before
         registry = server.registry
         assert registry.generations == len(PHASES) * (CYCLES if SOAK else 50)

@@ -165,6 +165,8 @@ def check(browser: Browser, answer: str) -> None:
 TEXT = " ".join(f"wörd{number}" for number in range(45)) + " \N{BRAIN}\u2028 end"
 
 
+# It takes half a minute, and more where the machine has other things to do.
+@pytest.mark.timeout(600)
 # Every byte in one split of the upstream's writes; in the others every thirteenth, unless there is time for all.
 @pytest.mark.parametrize(
     ("script", "step"),
