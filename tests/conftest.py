@@ -100,8 +100,11 @@ def prompt(text: str, **parameters: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **parameters}
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Returns once `condition` holds; fails the test if it does not within `timeout_s`."""
+async def eventually(condition: Callable[[], bool], timeout_s: float = 9.0) -> None:
+    """Returns once `condition` holds; fails the test if it does not within `timeout_s`.
+
+    By default that is as long as can be before a setting's own default, `leave_s` above all, has its effect.
+    """
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
