@@ -695,7 +695,7 @@ async def test_peer_that_leaves_is_noticed_at_once_and_counted(simulator: Simula
     record = simulator.records[-1]
     assert (simulator.stats.aborted, record.outcome) == (1, "aborted")
     assert record.ended is not None
-    assert record.ended - left < 0.25
+    assert record.ended - left < 5  # not only by its next write, a minute later
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
