@@ -253,8 +253,8 @@ class Registry:
         memory = self._memory
         if memory.used < memory.limit:
             return True
-        for stream in [stream for stream in self._finished.values() if stream.readers == 0]:
-            self._forget(stream)
+        while (oldest := next((stream for stream in self._finished.values() if stream.readers == 0), None)) is not None:
+            self._forget(oldest)
             if memory.used < memory.limit:
                 return True
         return False

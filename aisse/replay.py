@@ -134,5 +134,4 @@ class MemoryLog:
         self._starts.append(self.tail - len(self._open))
         self._lasts.append(self.last_seq)
         self._segments.append(bytes(self._open))
-        # A new one: clear() would keep the grown allocation of every idle stream.
-        self._open = bytearray()
+        self._open.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 import uvloop
 from aiohttp import web
+from hypothesis import settings as hypothesis_settings
 
 from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
 from aisse.settings import Settings
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
     from aisse.drain import Drain
     from aisse.registry import Registry
+
+# An example may take as long as a busy machine makes it. The same examples each time, but where there is time for more.
+hypothesis_settings.register_profile("tests", deadline=None, derandomize=os.environ.get("TESTS_SOAK") != "1")
+hypothesis_settings.load_profile("tests")
 
 
 def pytest_asyncio_loop_factories(
@@ -96,8 +102,11 @@ def prompt(text: str, **parameters: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **parameters}
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Returns once `condition` holds; fails the test if it does not within `timeout_s`."""
+async def eventually(condition: Callable[[], bool], timeout_s: float = 9.0) -> None:
+    """Returns once `condition` holds; fails the test if it does not within `timeout_s`.
+
+    By default that is as long as can be before a setting's own default, `leave_s` above all, has its effect.
+    """
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)

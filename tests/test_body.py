@@ -272,7 +272,7 @@ def spelt(draw: st.DrawFn) -> bytes:
     return wire + draw(st.sampled_from([b"0", b"00", b"0;x"])) + b"\r\n" + trailer + b"\r\n"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(spelt(), st.lists(st.integers(0, 1 << 20), max_size=30), st.integers(0, 30))
 def test_any_spelling_in_any_cut_is_what_a_plain_dechunker_says(wire: bytes, places: list[int], late: int) -> None:
     """Whenever listening begins."""
@@ -287,7 +287,7 @@ def test_any_spelling_in_any_cut_is_what_a_plain_dechunker_says(wire: bytes, pla
     assert fed.protocol.got == HEAD + LAST_CHUNK
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(spelt(), st.data())
 def test_any_damage_in_any_cut_is_what_a_plain_dechunker_says(wire: bytes, data: st.DataObject) -> None:
     """A byte changed, dropped or added: the same bytes are given out, and the same end is seen."""

@@ -14,7 +14,7 @@ from aisse.formats import AnthropicFormat, Mark, error_of
 from aisse.sse import Parser
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
-PROPERTY = settings(max_examples=5_000 if SOAK else 300, deadline=None, derandomize=not SOAK)
+PROPERTY = settings(max_examples=5_000 if SOAK else 300)
 
 
 def none_used() -> dict[str, int]:

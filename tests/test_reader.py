@@ -51,6 +51,8 @@ class OneStream:
     settings: Settings
     runner: web.AppRunner
     readers: list[Reader] = field(default_factory=list)
+    begun: list[float] = field(default_factory=list)
+    """When each reader was about to begin, on the loop's clock."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -106,19 +108,21 @@ async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
     )
     stream.start()
     readers: list[Reader] = []
+    begun: list[float] = []
 
     async def read(request: web.Request) -> web.StreamResponse:
         if "full" in request.query:
             await fill_kernel(request)
         reader = Reader(stream, effective, int(request.query.get("after", 0)))
         readers.append(reader)
+        begun.append(asyncio.get_running_loop().time())
         with registry.reading(reader):
             return await reader.run(request)
 
     async with listening(read, effective) as runner:
         await registry.start()
         try:
-            yield OneStream(stream, registry, effective, runner, readers)
+            yield OneStream(stream, registry, effective, runner, readers, begun)
         finally:
             await registry.close()
 
@@ -189,6 +193,12 @@ def sequence(client: RawClient) -> list[int]:
         assert item.id == f"{STREAM_ID}.{item.seq}"
         assert item.event == "end" or item.data.startswith(f"{item.seq}:")
     return [item.seq for item in frames]
+
+
+@pytest.fixture
+def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None within a test: what happens anyway needs none."""
+    monkeypatch.setattr(registry_module, "SWEEP_S", 3600.0)
 
 
 @pytest.fixture
@@ -419,13 +429,13 @@ async def test_reader_that_catches_up_before_the_relay_has_its_turn_does_not_lea
         assert body.paused
         assert stream.holds_back
         stream.advance(stream.log.tail)
-        await eventually(lambda: not body.paused, timeout_s=1)
+        await eventually(lambda: not body.paused)
     with capture_logs() as logs:
         await registry.close()
     assert [line["event"] for line in logs] == ["stream ended"]
 
 
-def settled(figure: Callable[[], int], for_s: float = 0.2) -> Callable[[], bool]:
+def settled(figure: Callable[[], int], for_s: float = 0.5) -> Callable[[], bool]:
     """A condition: `figure` has not changed for `for_s`."""
     loop = asyncio.get_running_loop()
     last: list[tuple[int, float]] = [(figure(), loop.time())]
@@ -513,7 +523,7 @@ async def test_stream_of_an_evicted_reader_stays_stopped_and_ends_as_abandoned(s
         assert stream.reason is Reason.ABANDONED
         assert stream.left is not None
         assert stream.ended is not None
-        assert 0.6 <= stream.ended - stream.left < 1.6
+        assert stream.left + 0.6 <= stream.ended
         # Its `error` and `end` were added, and no more: what it had not taken already exceeds what it comes back for.
         assert stream.log.tail < stopped_at + 1000
         await eventually(lambda: simulator.stats.aborted == 1)
@@ -528,7 +538,7 @@ async def test_reader_that_is_slow_but_moving_is_never_evicted() -> None:
     """
     loop = asyncio.get_running_loop()
     async with (
-        one_stream(stall_s=1) as one,
+        one_stream(stall_s=2) as one,
         one.reading() as (ordinary, reader),
         one.reading(receive_buffer_bytes=8 << 10) as (small, small_reader),
     ):
@@ -550,7 +560,7 @@ async def test_reader_that_is_slow_but_moving_is_never_evicted() -> None:
             got = sequence(client)
             assert got == list(range(1, len(got) + 1))
         # And once they stop, they are.
-        await eventually(lambda: one.registry.readers == 0, timeout_s=6)
+        await eventually(lambda: one.registry.readers == 0, timeout_s=15)
 
 
 @pytest.mark.usefixtures("fast_sweep")
@@ -579,9 +589,8 @@ async def test_reader_on_a_connection_that_is_full_already_has_its_whole_stall_t
         one.publish(100)
         await client.get("/?full")
         await eventually(lambda: bool(one.readers) and is_blocked(one.readers[0]))
-        blocked_at = loop.time()
         await eventually(lambda: one.registry.readers == 0)
-        assert loop.time() - blocked_at >= 0.5
+        assert loop.time() - one.begun[0] >= 0.6
 
 
 async def test_reader_that_fails_in_a_write_is_cut_off_and_the_stream_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,6 +617,7 @@ async def test_reader_that_fails_in_a_write_is_cut_off_and_the_stream_goes_on(mo
 # --- leaving ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_sweep")
 @pytest.mark.parametrize(
     ("how", "stalled"),
     [("close", False), ("close", True), ("reset", False), ("reset", True), ("shutdown", False)],
@@ -623,7 +633,7 @@ async def test_reader_that_leaves_is_detached_at_once(how: str, stalled: bool) -
             client.reset()
         else:
             client.sock.shutdown(socket.SHUT_WR)
-        await eventually(lambda: one.stream.readers == 0, timeout_s=1)
+        await eventually(lambda: one.stream.readers == 0)
         assert one.registry.readers == 0
         # One that had taken everything may come back, and the stream goes on for it.
         assert one.stream.last_reader_stalled == stalled
@@ -635,9 +645,10 @@ async def test_reader_that_half_closes_and_takes_nothing_is_evicted() -> None:
     async with one_stream(stall_s=0.4) as one, one.reading() as (client, reader):
         await one.fill(reader)
         client.sock.shutdown(socket.SHUT_WR)
-        await eventually(lambda: one.stream.readers == 0, timeout_s=2)
+        await eventually(lambda: one.stream.readers == 0)
 
 
+@pytest.mark.usefixtures("no_sweep")
 async def test_reader_that_half_closes_with_a_few_bytes_waiting_leaves_at_the_next_frame() -> None:
     async with one_stream() as one, one.reading() as (client, reader):
         while reader.buffered_bytes == 0:
@@ -652,7 +663,7 @@ async def test_reader_that_half_closes_with_a_few_bytes_waiting_leaves_at_the_ne
         await eventually(transport.is_closing)
         assert one.stream.readers == 1
         one.publish()
-        await eventually(lambda: one.stream.readers == 0, timeout_s=1)
+        await eventually(lambda: one.stream.readers == 0)
 
 
 # --- heartbeats ---------------------------------------------------------------------------------------------------
@@ -668,14 +679,17 @@ async def test_heartbeats_come_in_their_interval_while_the_upstream_thinks(simul
         await client.post(prompt("[[first_s=60]]"))
         await client.answered()
         assert client.status == 200
-        assert loop.time() - begun < 1
-        times = [begun]
+        assert loop.time() - begun < 4  # the setting's default is 5
+        times, sweeps = [begun], [len(server.registry._samples)]
         for count in range(1, 3):
             await client.read_until(has_heartbeats(count))
             times.append(loop.time())
-        gaps = [after - before for before, after in itertools.pairwise(times)]
-        # The sweep is once a second, and sees what was written before only then.
-        assert all(1 <= gap <= 3.3 for gap in gaps), gaps
+            sweeps.append(len(server.registry._samples))
+        # Counted in sweeps, for a busy machine delays those, too. The first only sees that the opening was written; a
+        # heartbeat is due two later, and this client may notice it one too late.
+        assert sweeps[1] - sweeps[0] <= 4
+        assert sweeps[2] - sweeps[1] <= 3
+        assert all(after - before > 0.99 for before, after in itertools.pairwise(times)), times
         assert client.body.chunks[1:] == [b": heartbeat\n"] * 2
         assert simulator.stats.bytes_written == 0
 
@@ -689,20 +703,25 @@ async def test_nothing_is_written_before_the_commit_and_heartbeats_after_it(simu
         begun = loop.time()
         await client.post(prompt("[[first_s=60]]"))
         await client.answered()
-        assert 1.1 <= loop.time() - begun < 2
-        await client.read_until(has_heartbeats(1))
-        assert loop.time() - begun < 4.5
+        # Not the settings' defaults, which are 5 and 15.
+        assert 1.1 <= loop.time() - begun < 4.5
+        await client.read_until(has_heartbeats(1), timeout_s=10)
 
 
 @pytest.mark.usefixtures("fast_sweep")
 async def test_no_heartbeat_while_frames_flow() -> None:
+    loop = asyncio.get_running_loop()
     async with one_stream(heartbeat_s=0.6) as one, one.reading() as (client, _):
+        pauses = 0  # of this process, long enough for a heartbeat
         for _ in range(30):
+            before = loop.time()
             one.publish()
             await asyncio.sleep(0.06)
+            pauses += loop.time() - before > 0.5
         await client.read_until(has_chunks(31))
-        assert client.written.heartbeats == 0
-        await client.read_until(has_heartbeats(2), timeout_s=3)
+        pauses += loop.time() - before > 0.5
+        assert client.written.heartbeats <= pauses
+        await client.read_until(has_heartbeats(pauses + 2), timeout_s=10)
 
 
 @pytest.mark.usefixtures("fast_sweep")

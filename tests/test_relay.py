@@ -182,6 +182,8 @@ def check_cut(answer: Answer, cut: int) -> None:
     assert answer.end["usage"] == usage
 
 
+# Every byte takes its time, and more of it where the machine has other things to do.
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize(
     ("framing", "step"),
@@ -371,8 +373,8 @@ async def test_cut_while_held_back_by_a_slow_reader_loses_none_of_what_arrived(h
             (await reader.read()).holds(flood.sent, "truncated")
 
 
-async def test_silence_is_not_held_against_an_upstream_that_we_do_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aisse.registry.SWEEP_S", 0.02)
+async def test_silence_is_not_held_against_an_upstream_that_we_do_not_read() -> None:
+    """The clock is set here, not waited for."""
     flood = Flood()
 
     async def answer(request: Request, connection: Connection) -> None:
@@ -382,15 +384,14 @@ async def test_silence_is_not_held_against_an_upstream_that_we_do_not_read(monke
 
     async with (
         raw_upstream(answer) as upstream,
-        serving(upstream.url, silence_s=0.5, no_content_s=0.5) as server,
+        serving(upstream.url, silence_s=60, no_content_s=60) as server,
     ):
         flood.server = server
         async with SlowReader(server) as reader:
             await flood.full.wait()
-            loop = asyncio.get_running_loop()
-            since = loop.time()
-            await eventually(lambda: loop.time() - since > 1.5)
-            assert only_stream(server).reason is None
+            relay, _ = server.registry._relays[only_stream(server).id]
+            now = asyncio.get_running_loop().time()
+            assert [relay.overdue(now + seconds) for seconds in (1, 50, 100, 200, 3000)] == [None] * 5
             flood.go_on.set()
             (await reader.read()).holds(flood.sent, "complete")
 
@@ -402,8 +403,9 @@ async def test_silence_is_not_held_against_an_upstream_that_we_do_not_read(monke
     ("settings", "pings", "message"),
     [
         ({"silence_s": 0.3}, False, "the upstream fell silent"),
-        ({"no_content_s": 0.3}, True, "the upstream sends pings only"),
-        ({"stream_s": 0.3}, True, "the answer took longer than the server allows"),
+        # Counted from the question on: the answer has to have begun before.
+        ({"no_content_s": 1}, True, "the upstream sends pings only"),
+        ({"stream_s": 1}, True, "the answer took longer than the server allows"),
     ],
     ids=["silence_s", "no_content_s", "stream_s"],
 )
@@ -432,8 +434,11 @@ async def test_late_upstream_is_a_timeout_and_its_connection_is_closed(
         await asyncio.wait_for(upstream.connections[0].lost.wait(), 5)
 
 
-async def test_silence_and_no_content_are_measured_apart(client: aiohttp.ClientSession) -> None:
+async def test_silence_and_no_content_are_measured_apart(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A byte resets the one, an event that is more than a ping the other. The clock is set here, not waited for."""
+    monkeypatch.setattr("aisse.registry.SWEEP_S", 3600.0)  # who looks notes what has come with the time of the look
     go_on = asyncio.Queue[bytes]()
 
     async def answer(request: Request, connection: Connection) -> None:
@@ -474,7 +479,10 @@ async def test_silence_and_no_content_are_measured_apart(client: aiohttp.ClientS
         (await asked).holds([message_start(), PING, delta("x"), MESSAGE_STOP], "complete")
 
 
-async def test_first_byte_and_stream_limits_are_told_apart(client: aiohttp.ClientSession) -> None:
+async def test_first_byte_and_stream_limits_are_told_apart(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aisse.registry.SWEEP_S", 3600.0)
     go_on = asyncio.Event()
 
     async def answer(request: Request, connection: Connection) -> None:

@@ -17,8 +17,6 @@ from aisse.sse import Parser, frame
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 PROPERTY = settings(
     max_examples=2_000 if SOAK else 200,
-    deadline=None,
-    derandomize=not SOAK,
     # The fixture is a function that makes a new log for each example.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -335,7 +335,7 @@ async def process(
         )
     try:
         assert running.stdout is not None
-        line = await asyncio.wait_for(running.stdout.readline(), 20)
+        line = await asyncio.wait_for(running.stdout.readline(), 60)
         assert line, log.read_text()
         yield Process(line.decode().split()[-1], running, log)
     finally:
@@ -668,7 +668,7 @@ async def test_start_that_is_refused_does_not_quote_the_key(tmp_path: Path) -> N
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(running.communicate(), 20)
+    out, err = await asyncio.wait_for(running.communicate(), 60)
     assert running.returncode == 78
     assert err.count(b"\n") == 1
     assert_silent((out + err).decode(), "what it said")

@@ -695,7 +695,7 @@ async def test_peer_that_leaves_is_noticed_at_once_and_counted(simulator: Simula
     record = simulator.records[-1]
     assert (simulator.stats.aborted, record.outcome) == (1, "aborted")
     assert record.ended is not None
-    assert record.ended - left < 0.25
+    assert record.ended - left < 5  # not only by its next write, a minute later
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
@@ -830,7 +830,7 @@ async def test_close_ends_each_connection_and_task_whatever_it_does() -> None:
             peers.append(await stack.enter_async_context(peer_of(simulator)))
             await peers[-1].ask("[[tokens=1]]", complete=idle == 0)
         await eventually(lambda: (simulator.stats.active, simulator.stats.completed) == (len(PHASES) + 1, 1))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             await asyncio.gather(simulator.close(), simulator.close())
             await simulator.close()
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -838,7 +838,7 @@ async def test_close_ends_each_connection_and_task_whatever_it_does() -> None:
         # Also those of write-blocked connections, whose peers have read nothing.
         await eventually(lambda: open_sockets() == sockets + len(peers))
         for peer in peers:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(10):
                 await peer.read_to_end()
         with pytest.raises(ConnectionRefusedError):
             async with peer_of(simulator):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from aisse.sse import HEARTBEAT, EventTooLargeError, Parser, RawEvent, data_of, frame, opening
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
-PROPERTY = settings(max_examples=5_000 if SOAK else 250, deadline=None, derandomize=not SOAK)
+PROPERTY = settings(max_examples=5_000 if SOAK else 250)
 
 SAMPLES = sorted(Path(__file__).parent.glob("samples/*.sse"))
 BOM = b"\xef\xbb\xbf"

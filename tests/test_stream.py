@@ -1063,7 +1063,5 @@ async def test_any_order_of_events_gives_every_reader_every_frame_once() -> None
     """Publishing, arriving, reading, stalling, leaving, coming back, evicting and ending, interleaved at will."""
     run_machine(
         Streams,
-        settings=settings(
-            max_examples=2_000 if SOAK else 300, stateful_step_count=60, deadline=None, derandomize=not SOAK
-        ),
+        settings=settings(max_examples=2_000 if SOAK else 300, stateful_step_count=60),
     )

@@ -252,7 +252,7 @@ async def real_process(environ: Mapping[str, str], *arguments: str) -> AsyncIter
     )
     try:
         assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), 20)
+        line = await asyncio.wait_for(process.stdout.readline(), 60)
         yield line.decode().split()[-1]
     finally:
         if process.returncode is None:

@@ -375,7 +375,7 @@ async def test_cycles_of_leaving_leave_no_task_and_no_object(
         before = things()
         await cycle(Server(server.address, os.getpid(), turn), upstream, CYCLES if SOAK else 50)
         with contextlib.suppress(TimeoutError):
-            await eventually(lambda: things() == before)
+            await eventually(lambda: things() == before, timeout_s=30)  # each look goes through all objects
         assert things() == before
         registry = server.registry
         assert registry.generations == len(PHASES) * (CYCLES if SOAK else 50)
@@ -501,9 +501,10 @@ async def test_readers_that_take_nothing_cost_little_stop_their_upstreams_and_sl
         assert max(sent) < ANSWER_BYTES / 5, text
         assert [flood.written for flood in floods] == written
         assert all(flood.lost_at for flood in floods)
-        # All of this shares its CPUs with everything else that runs here; the benchmark measures more finely.
+        # All of this shares its CPUs with everything else that runs here; the benchmark measures more finely. Whoever
+        # waited for a stalled reader would wait for stall_s, five seconds.
         assert stall_p50 <= quiet_p50 + 0.01, text
-        assert stall_p99 <= max(0.1, 3 * quiet_p99), text
+        assert stall_p99 <= max(1.0, 3 * quiet_p99), text
         for reader in stalled:
             assert not reader.body.ended
         assert running.stderr() == ""

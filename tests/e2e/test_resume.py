@@ -1,6 +1,6 @@
 """Readers whose connections are cut: at every byte, at random moments, and long after the answer has ended.
 
-AISSE_SOAK=1 runs the full numbers.
+TESTS_SOAK=1 runs the full numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import os
 import random
 import re
 import socket
-import statistics
 import struct
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,11 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     import aiohttp
-    from command import Command
 
     from aisse.simulator import Simulator
 
-SOAK = os.environ.get("AISSE_SOAK") == "1"
+SOAK = os.environ.get("TESTS_SOAK") == "1"
 
 # More readers at once than this would find the client's own event loop the bottleneck.
 AT_ONCE = 256
@@ -165,6 +162,8 @@ def check(browser: Browser, answer: str) -> None:
 TEXT = " ".join(f"wörd{number}" for number in range(45)) + " \N{BRAIN}\u2028 end"
 
 
+# It takes half a minute, and more where the machine has other things to do.
+@pytest.mark.timeout(600)
 # Every byte in one split of the upstream's writes; in the others every thirteenth, unless there is time for all.
 @pytest.mark.parametrize(
     ("script", "step"),
@@ -284,7 +283,6 @@ async def test_finished_streams_stay_within_the_memory_given_to_them(
         *("--upstream", simulator.url, "--replay-bytes", str(limit), "--retention-s", "3600"),
         *("--log-level", "warning"),
     ) as running:
-        paths: list[str] = []
 
         async def ask(count: int) -> None:
             for _ in range(count):
@@ -293,7 +291,6 @@ async def test_finished_streams_stay_within_the_memory_given_to_them(
                 ) as response:
                     assert response.status == 200
                     assert b"event: end\n" in await response.read()
-                    paths.append(response.headers["Content-Location"])
 
         async def ask_all(count: int) -> None:
             async with asyncio.TaskGroup() as tasks:
@@ -302,41 +299,23 @@ async def test_finished_streams_stay_within_the_memory_given_to_them(
 
         # The first streams bring what every process needs once: connections, caches, compiled expressions.
         await ask_all(100)
-        few_s = await look_up_s(client, running, paths)
         used = (await health(client, running))["replayBytes"]
         before = resident_bytes(running.pid)
         await ask_all(streams)
         growth = resident_bytes(running.pid) - before
         replayed = (await health(client, running))["replayBytes"]
-        many_s = await look_up_s(client, running, paths[-streams // 2 :])
 
         figures = {
             "streams": streams,
             "bytes a stream": used // 100,
             "replay / limit": round(replayed / limit, 3),
             "growth / limit": round(growth / limit, 3),
-            "look-up, few (ms)": round(few_s * 1000, 3),
-            "look-up, many (ms)": round(many_s * 1000, 3),
         }
         for name, value in figures.items():
             record_property(name, value)
         print(figures)  # noqa: T201 - the figures are what this is for
         assert 0.85 * limit <= replayed <= 1.01 * limit
         assert growth <= 1.5 * limit, figures
-        # Half as much again is this machine's noise; a look-up that walked over all streams would show a hundredfold.
-        assert many_s <= 1.5 * few_s + 0.0005, figures
-
-
-async def look_up_s(client: aiohttp.ClientSession, running: Command, paths: list[str]) -> float:
-    """Seconds of asking for a stream's state, where the machine was least disturbed."""
-    seconds = []
-    for path in random.Random(1).choices(paths, k=300):
-        begun = time.perf_counter()
-        async with client.get(running.url + path, headers={"Accept": "application/json"}) as response:
-            assert response.status == 200
-            await response.read()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.quantiles(seconds, n=10)[0]
 
 
 def resident_bytes(pid: int) -> int:

@@ -221,9 +221,9 @@ async def test_soft_limit_of_open_files_is_raised_and_a_hard_one_too_low_is_said
 async def test_signal_lets_a_stream_complete_and_ends_one_that_cannot(number: signal.Signals) -> None:
     async with (
         aiohttp.ClientSession() as client,
-        served("--upstream", "simulator", "--drain-s", "2") as running,
+        served("--upstream", "simulator", "--drain-s", "3") as running,
         connected(running.address) as kept,
-        asking(client, running, "[[tokens=40 pace=40]]") as short,
+        asking(client, running, "[[tokens=30 pace=40]]") as short,
         asking(client, running, "[[tokens=100000 pace=40]]") as long,
     ):
         assert await kept.usable()
@@ -243,7 +243,7 @@ async def test_signal_lets_a_stream_complete_and_ends_one_that_cannot(number: si
         assert ending(completed) == "complete"
         assert ending(cut) == "shutdown"
         assert await running.exit() == 0
-        assert 2 <= time.monotonic() - begun < 10
+        assert 3 <= time.monotonic() - begun < 12  # a runner that waited for its own limits would take ten longer
         assert [line["reason"] for line in running.logged("stream ended")] == ["complete", "shutdown"]
         assert running.log()[-1]["event"] == "stopped"
         assert not [line for line in running.log() if line["level"] == "error"]
@@ -255,7 +255,7 @@ async def test_signal_without_streams_ends_at_once(client: aiohttp.ClientSession
         assert await kept.usable()
         await health(client, running)
         running.process.send_signal(signal.SIGTERM)
-        assert await running.exit(10) == 0
+        assert await running.exit() == 0
         assert await kept.rest() == b""
         assert not [line for line in running.log() if line["level"] in {"warning", "error"}][1:]
 
@@ -268,7 +268,7 @@ async def test_drain_ends_once_the_last_stream_has() -> None:
     ):
         running.process.send_signal(signal.SIGTERM)
         assert ending(await response.text()) == "complete"
-        assert await running.exit(10) == 0
+        assert await running.exit() == 0
 
 
 @pytest.mark.parametrize("text", ["[[tokens=100000 token_bytes=4000 pace=0]]", "[[first_s=3600]]"])
@@ -281,7 +281,7 @@ async def test_reader_that_takes_nothing_does_not_hold_the_end_up(text: str) -> 
         assert (await stalled.head()).status == 200
         stalled.writer.transport.pause_reading()  # type: ignore[attr-defined]  # asyncio's streams use one that can
         running.process.send_signal(signal.SIGTERM)
-        assert await running.exit(20) == 0
+        assert await running.exit() == 0
         (line,) = running.logged("stream ended")
         assert line["reason"] == "shutdown"
         assert not [line for line in running.log() if line["level"] == "error"]
@@ -313,7 +313,7 @@ async def test_second_signal_ends_at_once(numbers: tuple[signal.Signals, signal.
         running.process.send_signal(numbers[0])
         await until_refused(running)
         running.process.send_signal(numbers[1])
-        assert await running.exit(5) == 128 + numbers[1]
+        assert await running.exit() == 128 + numbers[1]
         with pytest.raises(aiohttp.ClientPayloadError):  # not whole, and the client knows
             await response.read()
         running.log()

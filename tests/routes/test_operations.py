@@ -241,16 +241,17 @@ async def test_stalled_reader_shows_with_what_waits_for_it_and_others_show_their
 async def test_rate_is_of_the_last_seconds_and_falls_to_nothing(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.registry.SWEEP_S", 0.02)
+    monkeypatch.setattr("aisse.registry.SWEEP_S", 0.05)  # so that the rate is that of half a second
     async with serving(simulator.url) as server:
         async with connected(server.address) as connection:
-            await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=200 pace=400]]")).encode()))
+            await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=900 pace=600]]")).encode()))
             rates = []
             answering = asyncio.create_task(connection.answer())
             while not answering.done():
                 rates.append((await health(server))["tokensPerSecond"])
             await answering
-        assert 300 < max(rates) < 600
+        # Neither what comes in half a second, nor what came in all; a pause of this process makes up for it in a burst.
+        assert 350 < max(rates) < 850
         await until(server, lambda said: said["tokensPerSecond"] == 0)
 
 
@@ -318,6 +319,7 @@ async def test_late_event_loop_degrades_until_it_is_on_time_again(
     monkeypatch.setattr("aisse.registry.SWEEP_S", 0.2)
     async with serving(simulator.url) as server:
         await asyncio.sleep(0)
+        monkeypatch.setattr("aisse.registry.SWEEP_S", 1.5)  # the sweep after the late one leaves time to look
         time.sleep(0.9)  # noqa: ASYNC251 - the very thing that is to be noticed
         await eventually(lambda: server.registry.loop_lag_s > 0.5)
         said = await health(server)
