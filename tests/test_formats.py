@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aisse.formats import AnthropicFormat, Mark, error_of
+from aisse.formats import AnthropicFormat, Mark, compact, error_of
 from aisse.sse import Parser
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -233,6 +234,44 @@ def test_error_has_type_and_message() -> None:
 )
 def test_error_is_empty_where_it_is_missing(payload: bytes, expected: tuple[str, str]) -> None:
     assert error_of(payload) == expected
+
+
+# --- compact ------------------------------------------------------------------------------------------------------
+
+
+def text_delta(seq: int, text: bytes) -> bytes:
+    """A frame that adds `text`, as JSON spells it."""
+    data = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"%b"}}' % text
+    return b"event: content_block_delta\ndata: %b\nid: %b.%d\n\n" % (data, b"A" * 22, seq)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "merged"),
+    [
+        ([32 << 10, 32 << 10], [64 << 10]),
+        ([32 << 10, (32 << 10) + 1], [32 << 10, (32 << 10) + 1]),
+        ([1, 64 << 10], [1, 64 << 10]),
+        ([64 << 10, 1], [64 << 10, 1]),
+        ([64 << 10, 0], [64 << 10]),
+        ([5, 1 << 20, 5, 5], [5, 1 << 20, 10]),
+        ([30 << 10] * 5, [60 << 10, 60 << 10, 30 << 10]),
+    ],
+)
+def test_no_more_than_64_kib_of_text_are_merged_into_one_event(sizes: list[int], merged: list[int]) -> None:
+    frames = compact(b"".join(text_delta(seq, b"~" * size) for seq, size in enumerate(sizes, 1)))
+    assert [event.count(b"~") for event in frames.split(b"\n\n")[:-1]] == merged
+
+
+@pytest.mark.parametrize("escape", [rb"\n", rb"\u00e4", rb"ab\""])
+def test_text_of_escapes_takes_no_memory_beside_its_copies(escape: bytes) -> None:
+    frames = text_delta(1, escape * ((1 << 20) // len(escape)))
+    tracemalloc.start()
+    try:
+        assert compact(frames) == frames
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(frames)
 
 
 # --- anything -----------------------------------------------------------------------------------------------------
