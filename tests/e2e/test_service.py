@@ -558,7 +558,9 @@ async def stays_down(machine: Machine, unit: str) -> None:
 
 async def test_crash_is_followed_by_a_start(machine: Machine, client: aiohttp.ClientSession) -> None:
     await machine.manager.ctl("start", "aisse.service")
-    os.kill(await machine.manager.main_pid("aisse.service"), signal.SIGKILL)
+    pid = await machine.manager.main_pid("aisse.service")
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: not os.path.exists(f"/proc/{pid}"))  # noqa: PTH110 - asked again and again
     async with asyncio.timeout(START_S), asked(client, machine.url) as response:
         assert ending(await response.text()) == "complete"
     assert await machine.manager.show("aisse.service", "NRestarts") == "1"
