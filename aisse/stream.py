@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +22,7 @@ from aisse.errors import StreamError
 from aisse.sse import frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from aisse.replay import Log
 
@@ -159,8 +160,7 @@ class Stream:
         self._first_reader_by = 0.0
         self.last_reader_stalled = False
         self._readers: set[AttachedReader] = set()
-        # Readers at the tail. A tuple that is replaced, never changed: publish may iterate while one falls behind.
-        self._caught_up: tuple[AttachedReader, ...] = ()
+        self._caught_up: dict[AttachedReader, None] = {}  # readers at the tail, in the order in which they got there
         self._furthest = 0
         self._read_ahead_bytes = read_ahead_bytes
         self._stream_bytes = stream_bytes
@@ -180,9 +180,8 @@ class Stream:
         """Adds whole frames, the last numbered `last_seq`: into the log, and to every reader at the tail."""
         position = self.log.tail
         self.log.append(frames, last_seq)
-        for reader in self._caught_up:
-            if not reader.push(frames):
-                self._leave_tail(reader, position)
+        if blocked := [reader for reader in self._caught_up if not reader.push(frames)]:
+            self._leave_tail(blocked, position)
         if self.log.tail > self._stream_bytes:
             self.finish(Reason.LIMIT)
 
@@ -210,8 +209,9 @@ class Stream:
         if self._caught_up or self.state is State.ENDED:
             return False
         # Without a reader the stream runs on for one that may come back. Not so if the last one left bytes untaken:
-        # it was the brake, and running on would fill the memory with what nobody has asked for.
-        tight = self._readers or self.last_reader_stalled
+        # it was the brake, and running on would fill the memory with what nobody has asked for. Unless somebody has: one
+        # that is to go on without readers would stand still for good.
+        tight = self._readers or (self.last_reader_stalled and self.leave_s < math.inf)
         return self.log.tail - self._furthest >= (self._read_ahead_bytes if tight else self._stream_bytes)
 
     async def flow(self) -> None:
@@ -253,8 +253,7 @@ class Stream:
         self.log.seal()
         self._resolve_started()
         self._open_gate()
-        for reader in self._caught_up:
-            self._leave_tail(reader, self.log.tail)
+        self._leave_tail(tuple(self._caught_up), self.log.tail)
         self._on_end(self)
         return True
 
@@ -273,7 +272,6 @@ class Stream:
         """Counts a reader from now on, before it has been answered."""
         self._readers.add(reader)
         self.left = None
-        self.last_reader_stalled = False
         if not isinstance(reader, _Asker):
             self._first_reader_by = 0.0  # it has come; from here on the leave time counts
 
@@ -283,21 +281,22 @@ class Stream:
             return
         self._readers.remove(reader)
         self.fall_behind(reader)
+        if not isinstance(reader, _Asker):
+            self.last_reader_stalled = stalled
         if not self._readers:
             self.left = asyncio.get_running_loop().time()
-            self.last_reader_stalled = stalled
             self._on_left(self)
         self._open_gate()
 
     def catch_up(self, reader: AttachedReader) -> None:
         """The reader stands at the tail and gets what is published from now on, until `wake` is called."""
-        self._caught_up = (*self._caught_up, reader)
+        self._caught_up[reader] = None
         self._open_gate()
 
     def fall_behind(self, reader: AttachedReader) -> None:
         """Has the reader's own task write what comes next, if it stood at the tail."""
         if reader in self._caught_up:
-            self._leave_tail(reader, self.log.tail)
+            self._leave_tail((reader,), self.log.tail)
 
     def advance(self, position: int) -> None:
         """A reader that is behind has got as far as `position`."""
@@ -339,11 +338,12 @@ class Stream:
         # Shielded, because several readers may wait for the same future and one of them may leave.
         await asyncio.shield(self._started)
 
-    def _leave_tail(self, reader: AttachedReader, position: int) -> None:
-        self._caught_up = tuple(other for other in self._caught_up if other is not reader)
-        self._furthest = max(self._furthest, position)
-        reader.position = position
-        reader.wake()
+    def _leave_tail(self, readers: Iterable[AttachedReader], position: int) -> None:
+        for reader in readers:
+            del self._caught_up[reader]
+            self._furthest = max(self._furthest, position)
+            reader.position = position
+            reader.wake()
 
     def _enter(self, state: State) -> None:
         if state not in TRANSITIONS[self.state]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import math
 import os
+import time
 from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
@@ -514,6 +516,39 @@ async def test_last_reader_that_leaves_may_end_the_stream() -> None:
     assert reader.got == []
 
 
+def finish(stream: Stream, _readers: list[FakeReader]) -> None:
+    stream.finish(Reason.COMPLETE)
+
+
+def block_all(stream: Stream, readers: list[FakeReader]) -> None:
+    for reader in readers:
+        reader.full = True
+    publish(stream, 5)
+
+
+def tell_all(stream: Stream, readers: list[FakeReader]) -> None:
+    for reader in readers:
+        stream.fall_behind(reader)
+
+
+def detach_all(stream: Stream, readers: list[FakeReader]) -> None:
+    for reader in readers:
+        stream.detach(reader)
+
+
+@pytest.mark.parametrize("leave", [finish, block_all, tell_all, detach_all])
+async def test_time_in_which_readers_leave_the_tail_grows_with_their_number_only(
+    leave: Callable[[Stream, list[FakeReader]], None],
+) -> None:
+    """40 ms; to look all of them through for each takes minutes."""
+    stream = make_stream()
+    readers = [at_tail(stream) for _ in range(30_000)]
+    begun = time.perf_counter()
+    leave(stream, readers)
+    assert time.perf_counter() - begun < 5
+    assert {reader.woken for reader in readers} == {1}
+
+
 # --- the gate -----------------------------------------------------------------------------------------------------
 
 
@@ -587,6 +622,38 @@ async def test_upstream_after_a_stall_is_read_ahead_up_to_the_mark_only() -> Non
     assert not held_back(stream)
     publish_bytes(stream, 100)
     assert held_back(stream)
+
+
+async def test_upstream_stays_held_back_by_a_stall_whoever_asks_for_the_status() -> None:
+    """Asking again for a stream by its key, without reading it, takes no byte that was left untaken."""
+    stream = make_stream()
+    reader = behind(stream)
+    publish_bytes(stream, READ_AHEAD)
+    flow = Flow(stream)
+    with stream.asked():
+        stream.detach(reader, stalled=True)
+    assert held_back(stream)
+    with stream.asked():
+        pass
+    assert held_back(stream)
+    assert not flow.run()
+    stream.detach(behind(stream))
+    assert flow.run()
+
+
+async def test_stream_that_is_to_go_on_without_readers_does_so_after_a_stall_too() -> None:
+    stream = make_stream(leave_s=math.inf)
+    reader = behind(stream)
+    publish_bytes(stream, READ_AHEAD)
+    flow = Flow(stream)
+    assert not flow.run()
+    stream.detach(reader, stalled=True)
+    assert flow.run()
+    publish_bytes(stream, 5 * READ_AHEAD)
+    assert not held_back(stream)
+    # Nor is it for ever: its own bound ends it.
+    publish_bytes(stream, STREAM_BYTES)
+    assert stream.reason is Reason.LIMIT
 
 
 async def test_stalled_reader_that_was_not_the_last_does_not_bind_the_others() -> None:
@@ -839,6 +906,7 @@ class Streams(RuleBasedStateMachine):
         stream_bytes=st.sampled_from([1000, 20_000, 1 << 20, 1 << 20, 1 << 20]),
         abandon=st.sampled_from([False, False, False, True]),
         lives=st.integers(0, 60),
+        leave_s=st.sampled_from([10.0, 10.0, math.inf]),
         max_clients=st.integers(1, 4),
         read_bytes=st.sampled_from([1, 600, 8192, SEGMENT_BYTES]),
     )
@@ -848,6 +916,7 @@ class Streams(RuleBasedStateMachine):
         read_ahead_bytes: int,
         stream_bytes: int,
         abandon: bool,
+        leave_s: float,
         lives: int,
         max_clients: int,
         read_bytes: int,
@@ -858,8 +927,13 @@ class Streams(RuleBasedStateMachine):
         self.read_ahead_bytes = read_ahead_bytes
         self.stream_bytes = stream_bytes
         self.abandon = abandon
+        self.goes_on = leave_s == math.inf
         self.stream = make_stream(
-            read_ahead_bytes=read_ahead_bytes, stream_bytes=stream_bytes, on_left=self.on_left, on_end=self.on_end
+            read_ahead_bytes=read_ahead_bytes,
+            stream_bytes=stream_bytes,
+            leave_s=leave_s,
+            on_left=self.on_left,
+            on_end=self.on_end,
         )
 
     def on_left(self, stream: Stream) -> None:
@@ -902,7 +976,6 @@ class Streams(RuleBasedStateMachine):
         cursor = min(cursor, len(self.frames))
         client = Client(self.connect(len(self.frames) - cursor if from_the_end else cursor))
         self.clients.append(client)
-        self.tight = False
         self.run(client, steps)
 
     @precondition(lambda self: len(self.attached) < len(self.clients))
@@ -910,7 +983,6 @@ class Streams(RuleBasedStateMachine):
     def come_back(self, which: int, steps: int) -> None:
         client = pick([client for client in self.clients if not client.connected], which)
         client.connection = self.connect(client.begin + len(client.frames))
-        self.tight = False
         self.run(client, steps)
 
     @precondition(lambda self: self.attached)
@@ -935,6 +1007,13 @@ class Streams(RuleBasedStateMachine):
         client.connection.close(stalled=stalled)
         self.note_leave(client, lost, stalled=stalled)
 
+    @rule()
+    def ask(self) -> None:
+        """Somebody asks for the answer's status and does not read."""
+        with self.stream.asked():
+            pass
+        self.note_none_left()
+
     @precondition(lambda self: self.steps >= self.lives)
     @rule(reason=st.sampled_from(Reason))
     def finish(self, reason: Reason) -> None:
@@ -954,9 +1033,12 @@ class Streams(RuleBasedStateMachine):
     def note_leave(self, client: Client, lost: int, *, stalled: bool) -> None:
         got = whole_frames(client.connection.got)
         client.frames += got[: max(0, len(got) - lost)]
+        self.tight = stalled
+        self.note_none_left()
+
+    def note_none_left(self) -> None:
         if not self.attached:
             self.leaves += 1
-            self.tight = stalled
 
     # --- what holds at any time ---
 
@@ -1011,7 +1093,7 @@ class Streams(RuleBasedStateMachine):
     def readers_are_counted(self) -> None:
         assert self.stream.readers == len(self.attached)
         assert self.left_calls == self.leaves
-        assert (self.stream.left is None) == (bool(self.attached) or not self.clients)
+        assert (self.stream.left is None) == (bool(self.attached) or not self.leaves)
 
     def the_gate_is_where_it_should_be(self) -> None:
         self.reached = max([self.reached, *(client.connection.taken for client in self.clients)])
@@ -1019,7 +1101,8 @@ class Streams(RuleBasedStateMachine):
             self.reached = self.stream.log.tail
             holds_back = False
         else:
-            limit = self.read_ahead_bytes if self.attached or self.tight else self.stream_bytes
+            tight = self.attached or (self.tight and not self.goes_on)
+            limit = self.read_ahead_bytes if tight else self.stream_bytes
             holds_back = self.stream.log.tail - self.reached >= limit and self.expected_reason is None
         assert self.stream.holds_back is holds_back
         if self.flow is not None and not holds_back:
