@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 from aiohttp import hdrs, web
@@ -21,12 +21,14 @@ from aisse.upstream import Upstream, needs_key
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 
     from aiohttp.typedefs import Handler, Middleware
 
     from aisse.drain import Report
     from aisse.settings import Settings
+
+Result = TypeVar("Result")
 
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
 DRAIN: web.AppKey[Drain] = web.AppKey("drain", Drain)
@@ -107,7 +109,10 @@ async def serve(
     """
     notifier = notifier or Notifier()
     async with contextlib.AsyncExitStack() as stack:
-        base_url, name = await _upstream_address(settings, stack)
+        address = await _unless_stopped(stop, _upstream_address(settings, stack))
+        if address is None:
+            return
+        base_url, name = address
         key = key_for(base_url) if name is None else None
         if key is None and name is None and (variable := needs_key(base_url)) is not None:
             if base_url.startswith("http:"):
@@ -150,6 +155,19 @@ async def serve(
 
         await app[DRAIN].run(listener.close, report)
     _log.info("stopped")
+
+
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` returns, or None where `stop` is set before: a model may take a minute to load."""
+    task = asyncio.create_task(work)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        task.cancel()
+        stopped.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

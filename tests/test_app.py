@@ -291,6 +291,30 @@ async def test_serve_announces_once_it_accepts_and_returns_when_told(simulator: 
             await client.get(url + "/health/live")
 
 
+async def test_serve_told_to_stop_while_its_model_loads_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, closed = asyncio.Event(), asyncio.Event()
+
+    class SlowModel:
+        async def start(self) -> str:
+            loading.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None:
+            closed.set()
+
+    monkeypatch.setattr("aisse.local.LocalModel", SlowModel)
+    tasks = asyncio.all_tasks()
+    stop = asyncio.Event()
+    settings = Settings(upstream="local", port=0)
+    running = asyncio.create_task(serve(settings, stop, key_for=lambda _url: None, announce=lambda _url, _name: None))
+    await loading.wait()
+    stop.set()
+    await asyncio.wait_for(running, 10)
+    assert closed.is_set()
+    assert asyncio.all_tasks() <= tasks
+
+
 async def test_serve_cancelled_leaves_no_task(simulator: Simulator) -> None:
     announced = asyncio.Event()
     tasks = asyncio.all_tasks()
