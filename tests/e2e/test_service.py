@@ -75,6 +75,15 @@ class Flow:
     """When a 503 came."""
     failed: list[str] = field(default_factory=list)
 
+    @property
+    def over(self) -> int:
+        return len(self.answered) + len(self.turned_away) + len(self.failed)
+
+    async def caught_up(self) -> None:
+        """Returns once those who wait now have been served, and twenty more."""
+        enough = self.sent + 20
+        await eventually(lambda: self.over >= enough, 60)
+
     async def ask(self, client: aiohttp.ClientSession) -> None:
         began = time.monotonic()
         self.sent += 1
@@ -499,8 +508,7 @@ async def test_restarts_of_the_service_refuse_nobody(machine: Machine) -> None:
     await machine.manager.ctl("start", "aisse.service")
     async with flowing(machine.url, limit_s=Settings().drain_s + 2) as flow:
         for _ in range(4):
-            enough = len(flow.answered) + 20
-            await eventually(lambda: len(flow.answered) >= enough, 30)  # noqa: B023 - called here alone
+            await flow.caught_up()
             await machine.manager.ctl("restart", "aisse.service")
     assert flow.failed == []
     assert len(flow.answered) >= 80
