@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # to take their `end`, then they are cut off.
 _LAST_BYTES_S = 0.5
 
+# Who connected just before the listener closed has a request on its way: it is answered, were it with 503. aiohttp's
+# cleanup would close the connection over it. A little more than a packet takes round the world.
+_RACING_S = 0.3
+
 _REPORT_S = 1.0
 
 _log = structlog.get_logger("aisse.drain")
@@ -59,12 +63,15 @@ class Drain:
         unready_s = settings.unready_s if close_listener is not None else 0.0
         self._deadline = loop.time() + unready_s + settings.drain_s
         registry.draining = True
+        racing_until = 0.0
         if close_listener is not None:
             await asyncio.sleep(unready_s)
             await close_listener()
+            racing_until = loop.time() + _RACING_S
         for reader in registry.attached():
             reader.tell(self.reconnect(resume=False))
         await self._wait_idle(report)
+        await asyncio.sleep(max(0.0, racing_until - loop.time()))
         if registry.active_streams:
             _log.warning(
                 "streams still run at the deadline and are ended; drain_s says how long they may",

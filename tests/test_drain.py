@@ -331,6 +331,29 @@ async def test_unready_time_passes_before_the_listener_closes_and_counts_before_
         assert 0 < client.written.controls[0].data["deadline_ms"] <= 200
 
 
+async def test_request_on_its_way_when_the_listener_closes_is_answered(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing else to wait for, too: its connection was accepted, and is nobody's to close over it."""
+    monkeypatch.setattr("aisse.drain._RACING_S", 2.0)  # more than a busy machine takes for the answer
+    async with serving(simulator.url, drain_s=30) as server, connected(server.address) as connection:
+        closed = asyncio.Event()
+
+        async def close_listener() -> None:
+            closed.set()
+
+        drain = asyncio.create_task(server.drain.run(close_listener))
+        await closed.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await connection.send(request("POST", "/api/chat", json.dumps(prompt("hello")).encode()))
+        answered = asyncio.create_task(connection.answer())
+        await asyncio.wait({answered, drain}, return_when=asyncio.FIRST_COMPLETED)
+        assert not drain.done()
+        assert (await answered).status == 503
+        await asyncio.wait_for(drain, 10)
+
+
 async def test_unready_time_does_not_pass_where_no_listener_is_left_to_close(simulator: Simulator) -> None:
     async with serving(simulator.url, unready_s=600) as server, asyncio.timeout(10):
         await server.drain.run()
