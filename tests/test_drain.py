@@ -314,7 +314,7 @@ async def test_unready_time_passes_before_the_listener_closes_and_counts_before_
     simulator: Simulator,
 ) -> None:
     order: list[str] = []
-    async with serving(simulator.url, unready_s=0.3, drain_s=0.2) as server, await asking(server, ENDLESS) as client:
+    async with serving(simulator.url, unready_s=0.3, drain_s=1.5) as server, await asking(server, ENDLESS) as client:
         begun = asyncio.get_running_loop().time()
 
         async def close_listener() -> None:
