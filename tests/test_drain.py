@@ -324,11 +324,11 @@ async def test_unready_time_passes_before_the_listener_closes_and_counts_before_
             order.append("closed")
 
         await server.drain.run(close_listener)
-        assert asyncio.get_running_loop().time() >= begun + 0.5
+        assert asyncio.get_running_loop().time() >= begun + 1.8
         assert order == ["closed"]
         await client.read_to_end()
         # Told only once the listener is closed: who came back at once would have come back here.
-        assert 0 < client.written.controls[0].data["deadline_ms"] <= 200
+        assert 0 < client.written.controls[0].data["deadline_ms"] <= 1500
 
 
 async def test_request_on_its_way_when_the_listener_closes_is_answered(
