@@ -44,7 +44,7 @@ CYCLES = 1000 if SOAK else 400  # in each phase
 AT_ONCE = 25
 CLOSED_WITHIN_S = 0.25
 
-STALLED = 200 if SOAK else 50
+STALLED = 200 if SOAK else 100  # so many that what a process takes once is little for each
 ANSWER_BYTES = 5_000_000
 RESIDENT_BYTES = 320 << 10
 
@@ -452,7 +452,7 @@ async def test_readers_that_take_nothing_cost_little_stop_their_upstreams_and_sl
     client: aiohttp.ClientSession,
 ) -> None:
     others = 10
-    options = ("--stall-s", "5", "--leave-s", "2", "--log-level", "error")
+    options = ("--stall-s", "9", "--leave-s", "2", "--log-level", "error")
     async with RawUpstream() as upstream, served(*options, "--upstream", upstream.url) as running:
         await asyncio.gather(*(read_whole(running.address, number) for number in range(20)))
         async with (
@@ -502,7 +502,7 @@ async def test_readers_that_take_nothing_cost_little_stop_their_upstreams_and_sl
         assert [flood.written for flood in floods] == written
         assert all(flood.lost_at for flood in floods)
         # All of this shares its CPUs with everything else that runs here; the benchmark measures more finely. Whoever
-        # waited for a stalled reader would wait for stall_s, five seconds.
+        # waited for a stalled reader would wait for stall_s, nine seconds.
         assert stall_p50 <= quiet_p50 + 0.01, text
         assert stall_p99 <= max(1.0, 3 * quiet_p99), text
         for reader in stalled:

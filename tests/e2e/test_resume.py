@@ -209,6 +209,7 @@ async def test_reader_cut_after_any_byte_gets_the_answer_to_the_byte(
         assert simulator.stats.requests == simulator.stats.completed == 1 + len(batches)
 
 
+@pytest.mark.timeout(600)
 async def test_reader_of_a_finished_stream_cut_after_any_byte_gets_the_answer_to_the_byte(
     simulator: Simulator,
 ) -> None:

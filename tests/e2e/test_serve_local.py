@@ -27,6 +27,9 @@ needs_model = pytest.mark.skipif(
 )
 needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="finds the model's port in /proc")
 
+# A model that is read for the first time, on a busy machine.
+pytestmark = pytest.mark.timeout(400)
+
 _LISTEN = "0A"
 
 

@@ -244,14 +244,16 @@ async def test_rate_is_of_the_last_seconds_and_falls_to_nothing(
     monkeypatch.setattr("aisse.registry.SWEEP_S", 0.05)  # so that the rate is that of half a second
     async with serving(simulator.url) as server:
         async with connected(server.address) as connection:
-            await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=900 pace=600]]")).encode()))
+            await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=400 pace=400]]")).encode()))
+            begun = time.monotonic()
             rates = []
             answering = asyncio.create_task(connection.answer())
             while not answering.done():
                 rates.append((await health(server))["tokensPerSecond"])
             await answering
-        # Neither what comes in half a second, nor what came in all; a pause of this process makes up for it in a burst.
-        assert 350 < max(rates) < 850
+        # More than comes in half a second. What is held up on a busy machine comes in a burst.
+        average = 400 / (time.monotonic() - begun)
+        assert 0.7 * average < max(rates) < 8 * average
         await until(server, lambda said: said["tokensPerSecond"] == 0)
 
 
