@@ -29,9 +29,9 @@ RETRY_MS = 2000
 # How often a reader whose cursor lies beyond the tail looks whether the stream has got there.
 _AHEAD_S = 0.1
 
-# How many of the log's segments are merged at once: enough for a few frames out of thousands, and no more than the
+# How many reads of the log are merged into one write: enough for a few frames out of thousands, and no more than the
 # event loop can be kept from others for.
-_COMPACT_SEGMENTS = 32
+_COMPACT_READS = 32
 
 # Bounds what the kernel keeps for a client that takes nothing; what is in flight is bounded by SO_SNDBUF alone.
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", None)
@@ -203,16 +203,25 @@ class Reader:
         self.evict()
 
     def _take(self, limit: int) -> bytes:
-        log = self.stream.log
-        frames = log.read(self.position, limit)
-        self.position += len(frames)
-        if self._compact and frames:
-            segments = [frames]
-            while len(segments) < _COMPACT_SEGMENTS and (more := log.read(self.position)):
-                segments.append(more)
-                self.position += len(more)
-            frames = compact(b"".join(segments))
+        """Whole frames from the log to be written at once: `limit` bytes, or a frame more; empty at the tail."""
+        frames = self._read(limit)
+        if self._compact:
+            frames = self._read_on(compact(frames), limit)
         self.stream.advance(self.position)
+        return frames
+
+    def _read_on(self, frames: bytes, limit: int) -> bytes:
+        """`frames`, which are compact, and of what follows as much as fits when it is compact, too."""
+        reads = 1
+        while reads < _COMPACT_READS and len(frames) < limit and (more := self._read(limit - len(frames))):
+            frames += compact(more)
+            reads += 1
+        # A run may go on from one read to the next.
+        return compact(frames) if reads > 1 else frames
+
+    def _read(self, limit: int) -> bytes:
+        frames = self.stream.log.read(self.position, limit)
+        self.position += len(frames)
         return frames
 
     async def _write_control(self) -> None:
@@ -233,7 +242,8 @@ class Reader:
             await self._room()
             # drain() also returns when the connection was lost cleanly; the next write raises then.
             # Half a buffer at a time: what the kernel is given at once it keeps, whether the client takes it or not.
-            frames = self._take(self._write_buffer_bytes // 2)
+            # Compact it is a whole one, for the sake of few frames.
+            frames = self._take(self._write_buffer_bytes // (1 if self._compact else 2))
             if not frames:
                 if self._control:
                     continue  # told while the socket was waited for: nobody else would write it

@@ -5,41 +5,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
+import re
 import socket
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 from conftest import Server, eventually, prompt, serving
-from rawclient import RawClient, parse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rawclient import ChunkedDecoder, Frame, RawClient, Written, parse
 from structlog.testing import capture_logs
 
 from aisse import registry as registry_module
 from aisse.app import runner_arguments
-from aisse.reader import Reader, StreamResponse
+from aisse.reader import RETRY_MS, Reader, StreamResponse
 from aisse.registry import Registry
 from aisse.replay import MemoryLog, ReplayMemory
 from aisse.settings import Settings
-from aisse.sse import frame
-from aisse.stream import Reason, Stream
+from aisse.sse import HEARTBEAT, frame, opening, reconnect
+from aisse.stream import Reason, State, Stream
 from aisse.upstream import Upstream, UpstreamResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from aisse.simulator import Simulator
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+SOAK = os.environ.get("TESTS_SOAK") == "1"
 NOWHERE = "http://127.0.0.1:9"
 STREAM_ID = "s" * 22
 
 # Everything that a client which never reads can make the server write: the client's receive buffer, the server's
 # send buffer, both as the kernel counts them, and the bytes that count as full.
 SWALLOWED_BYTES = 320 << 10
+
+# Of a fixed size: the kernel makes a buffer that it may size itself larger while nobody reads, and takes bytes late.
+RECEIVE_BUFFER_BYTES = 64 << 10
 
 
 @dataclass
@@ -69,9 +78,12 @@ class OneStream:
         self.stream.publish(b"".join(frames), first + count - 1)
 
     @contextlib.asynccontextmanager
-    async def reading(self, **options: Any) -> AsyncIterator[tuple[RawClient, Reader]]:
+    async def reading(
+        self, *, receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES
+    ) -> AsyncIterator[tuple[RawClient, Reader]]:
         """A client whose reader stands at the tail, and that reader."""
-        async with await RawClient.connect(self.address, **options) as client:
+        connecting = RawClient.connect(self.address, receive_buffer_bytes=receive_buffer_bytes)
+        async with await connecting as client:
             count = len(self.readers)
             await client.get("/")
             await client.answered()
@@ -113,7 +125,8 @@ async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
     async def read(request: web.Request) -> web.StreamResponse:
         if "full" in request.query:
             await fill_kernel(request)
-        reader = Reader(stream, effective, int(request.query.get("after", 0)))
+        after = int(request.query.get("after", 0))
+        reader = Reader(stream, effective, after, compacted="compact" in request.query)
         readers.append(reader)
         begun.append(asyncio.get_running_loop().time())
         with registry.reading(reader):
@@ -255,6 +268,19 @@ async def test_write_buffer_limit_of_the_setting_is_where_writing_pauses() -> No
         assert 8192 < reader.buffered_bytes <= 8192 + 1200
         one.stream.finish(Reason.COMPLETE)
         await client.read_to_end()
+
+
+@pytest.mark.parametrize("query", ["", "?compact"])
+@pytest.mark.parametrize("size", [1000, 100_000])
+async def test_reader_that_takes_nothing_of_a_long_log_has_few_bytes_waiting(query: str, size: int) -> None:
+    """Also one that may merge events and finds none that can be."""
+    async with one_stream() as one, await RawClient.connect(one.address, receive_buffer_bytes=8 << 10) as client:
+        for _ in range(4_000_000 // size):
+            one.publish(size=size)
+        await client.get("/" + query)
+        await eventually(lambda: bool(one.readers) and is_blocked(one.readers[0]))
+        # One write that was let in just below the limit, and the event of it that did not fit.
+        assert one.readers[0].buffered_bytes <= 2 * one.settings.write_buffer_bytes + size + 200
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels report the size that was asked for")
@@ -784,3 +810,460 @@ async def test_second_stream_on_a_connection_is_as_good_as_the_first(server: Ser
             frames = client.written.frames
             assert sum(item.event == "content_block_delta" for item in frames) == tokens
             assert frames[-1].event == "end"
+
+
+# --- any order ----------------------------------------------------------------------------------------------------
+
+
+class Wire(asyncio.Transport):
+    """A connection whose kernel takes as many bytes as the client has `room` for, and keeps account of every write."""
+
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        super().__init__()
+        self.room = 0
+        self.writes: list[bytes] = []
+        self.wrong: list[bytes] = []  # where nothing was to be written
+        self.taken = bytearray()
+        self.waiting = bytearray()
+        self.paused = False
+        self._protocol = protocol
+        self._closing = False
+        self._high, self._low = 64 << 10, 16 << 10
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        # The head and the opening leave as they come, and the body's end. Noted only: here a reader would take it up.
+        if self._closing or (self.paused and len(self.writes) > 1 and data != b"0\r\n\r\n"):
+            self.wrong.append(bytes(data))
+        self.writes.append(bytes(data))
+        self.waiting += data
+        self._move()
+
+    def give_room(self, size: int) -> None:
+        """The client reads `size` bytes, those included that are still to come."""
+        if not self._closing:
+            self.room += size
+            self._move()
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.waiting)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert high is not None
+        assert low is None
+        self._high, self._low = high, high // 4
+        self._move()
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def abort(self) -> None:
+        self.lose(None)
+
+    close = abort
+
+    def lose(self, error: Exception | None) -> None:
+        """The connection is gone, and with it what waits."""
+        if not self._closing:
+            self._closing = True
+            self.waiting.clear()
+            asyncio.get_running_loop().call_soon(self._protocol.connection_lost, error)
+
+    def _move(self) -> None:
+        size = min(self.room, len(self.waiting))
+        self.room -= size
+        self.taken += self.waiting[:size]
+        del self.waiting[:size]
+        if not self.paused and len(self.waiting) > self._high:
+            self.paused = True
+            self._protocol.pause_writing()
+        elif self.paused and len(self.waiting) <= self._low:
+            self.paused = False
+            self._protocol.resume_writing()
+
+
+@dataclass
+class Connection:
+    """One request on a connection of its own, and what it is to be answered with."""
+
+    after: int
+    compacted: bool
+    wire: Wire
+    protocol: web.RequestHandler
+    reader: Reader | None = None
+    ended: bool = False  # its handler is
+    pushed: set[int] = field(default_factory=set)  # numbers of the writes that `push` made
+    told: list[int] = field(default_factory=list)
+
+    @property
+    def is_at_tail(self) -> bool:
+        return self.reader is not None and is_at_tail(self.reader)
+
+    @property
+    def is_over(self) -> bool:
+        """No handler runs for it, nor will."""
+        return self.ended or (self.reader is None and self.protocol.transport is None)
+
+    def received(self) -> tuple[Written, bool]:
+        """What has arrived whole, and whether its end has."""
+        _, _, body = bytes(self.wire.taken).partition(b"\r\n\r\n")
+        decoder = ChunkedDecoder()
+        decoder.feed(body)
+        assert not decoder.ended or not decoder.rest
+        cut = decoder.rest.partition(b"\r\n")[2]
+        whole, blank, _ = (b"".join(decoder.chunks) + cut).rpartition(b"\n\n")
+        return parse(whole + blank), decoder.ended
+
+
+class Model:
+    """A stream and real readers of it on connections that are the test's, against a plain list of frames."""
+
+    def __init__(self, write_buffer_bytes: int, read_ahead_bytes: int) -> None:
+        self.settings = Settings.model_validate({"upstream": NOWHERE, "write_buffer_bytes": write_buffer_bytes})
+        self.write_buffer_bytes = write_buffer_bytes
+        self.read_ahead_bytes = read_ahead_bytes
+        self.stream = Stream(
+            STREAM_ID,
+            MemoryLog(STREAM_ID, ReplayMemory(1 << 30)),
+            now=asyncio.get_running_loop().time(),
+            read_ahead_bytes=read_ahead_bytes,
+            stream_bytes=1 << 30,
+            leave_s=60,
+            on_left=lambda _: None,
+            on_end=lambda _: None,
+        )
+        self.stream.start()
+        self.frames: list[Frame] = []
+        self.clients: list[list[Connection]] = []
+        self.server = web.Server(self.handle, handler_cancellation=True)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = next(one for one in self.connections if one.protocol is request.protocol)
+        connection.reader = Reader(self.stream, self.settings, connection.after, compacted=connection.compacted)
+        try:
+            return await connection.reader.run(cast("web.Request", request))
+        finally:
+            connection.ended = True
+
+    @property
+    def connections(self) -> list[Connection]:
+        return [one for client in self.clients for one in client]
+
+    # --- what may happen ---
+
+    def publish(self, events: list[tuple[str, int]]) -> None:
+        """Events that can be merged and others, of about so many bytes."""
+        if self.stream.state is State.ENDED:
+            return
+        added = []
+        for seq, (kind, size) in enumerate(events, len(self.frames) + 1):
+            text = f"{seq}." * (size // 4)
+            data = text_delta(text) if kind == "text" else f'{{"type":"other","data":"{text}"}}'
+            added.append(Frame("content_block_delta", data, f"{STREAM_ID}.{seq}"))
+        self.frames += added
+        frames = b"".join(frame(one.event, one.data, one.id) for one in added)
+        with self.pushing(lambda: frames):
+            self.stream.publish(frames, len(self.frames))
+
+    def end(self, reason: Reason) -> None:
+        position = self.stream.log.tail
+        with self.pushing(lambda: self.stream.log.read(position)):
+            if self.stream.finish(reason):
+                self.frames += parse(self.stream.log.read(position)).frames
+
+    @contextlib.contextmanager
+    def pushing(self, frames: Callable[[], bytes]) -> Iterator[None]:
+        """Whoever stands at the tail and has room gets `frames` in one write; nobody gets anything else."""
+        before = [(one, len(one.wire.writes), one.is_at_tail, one.wire.paused) for one in self.connections]
+        yield
+        for one, count, was_at_tail, was_paused in before:
+            written = one.wire.writes[count:]
+            if not was_at_tail or was_paused or one.wire.is_closing() or len(frames()) > self.write_buffer_bytes:
+                assert written == []
+            elif written or frames():
+                assert [chunk_of(data) for data in written] == [frames()]
+                one.pushed.add(count)
+
+    def arrive(self, after: int, compacted: bool) -> None:
+        self.clients.append([])
+        self.connect(self.clients[-1], min(after, len(self.frames)), compacted)
+
+    def come_back(self, client: list[Connection]) -> None:
+        last = client[-1]
+        if last.is_over and last.wire.is_closing():
+            received = last.received()[0].frames
+            self.connect(client, received[-1].seq if received else last.after, last.compacted)
+
+    def connect(self, client: list[Connection], after: int, compacted: bool) -> None:
+        protocol = self.server()
+        wire = Wire(protocol)
+        client.append(Connection(after, compacted, wire, protocol))
+        protocol.connection_made(wire)
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+
+    def tell(self, one: Connection) -> None:
+        if one.reader is not None and not one.ended:
+            one.told.append(len(one.told))
+            one.reader.tell(reconnect(one.told[-1], resume=False, deadline_ms=0))
+
+    def beat(self, one: Connection) -> None:
+        if one.reader is None:
+            return
+        paused, count = one.wire.paused, len(one.wire.writes)
+        now = asyncio.get_running_loop().time()
+        # The first may only look what was written since.
+        for _ in range(2):
+            one.reader.beat(now, 0, 0)
+        written = [chunk_of(data) for data in one.wire.writes[count:]]
+        assert written == [HEARTBEAT] * len(written)
+        assert not written or not (paused or one.ended)
+
+    # --- what holds at any time ---
+
+    def check(self) -> None:
+        for one in self.connections:
+            self.check_writes(one)
+        for client in self.clients:
+            self.check_received(client)
+        self.check_gate()
+
+    def check_writes(self, one: Connection) -> None:
+        assert not one.wire.wrong
+        if not one.wire.writes:
+            return
+        head, first, *others = one.wire.writes
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert head.endswith(b"\r\n\r\n")
+        start = opening(RETRY_MS, f"{STREAM_ID}.{one.after}")
+        assert chunk_of(first).startswith(start)
+        self.check_logged(chunk_of(first).removeprefix(start), one, self.write_buffer_bytes)
+        if others and others[-1] == b"0\r\n\r\n":
+            others.pop()
+        for number, data in enumerate(others, 2):
+            chunk = chunk_of(data)
+            if number in one.pushed or chunk == HEARTBEAT or parse(chunk).controls:
+                assert number in one.pushed or not parse(chunk).frames
+            else:
+                self.check_logged(chunk, one, self.write_buffer_bytes // (1 if one.compacted else 2))
+
+    def check_logged(self, chunk: bytes, one: Connection, limit: int) -> None:
+        """Whole frames, and of several no more bytes than is taken from the log at a time."""
+        if len(parse(chunk).frames) > 1:
+            # Compact, one is added without knowing whether it fits.
+            assert len(chunk) <= limit + (len(last_frame(chunk)) if one.compacted else 0)
+
+    def check_received(self, client: list[Connection]) -> None:
+        for one in client:
+            written, ended = one.received()
+            self.check_frames(one, written.frames)
+            assert not ended or written.frames[-1].event == "end"
+            retries = [control.retry_ms for control in written.controls]
+            assert retries == sorted(set(retries) & set(one.told))
+
+    def check_frames(self, one: Connection, got: list[Frame]) -> None:
+        """Each is the one that follows, or in one the run that follows."""
+        at = one.after
+        if got and at == len(self.frames):
+            at -= 1  # the end, again
+        for item in got:
+            run = self.frames[at : item.seq]
+            assert run
+            at = item.seq
+            if len(run) == 1:
+                assert item == run[0]
+            else:
+                assert one.compacted
+                texts = [TEXT.fullmatch(each.data) for each in run]
+                assert item.data == text_delta("".join(text[1] for text in texts if text is not None))
+                assert None not in texts
+        if one.is_at_tail and not one.wire.waiting and not one.wire.is_closing():
+            assert at == len(self.frames), "at the tail, but not up to date"
+
+    def check_gate(self) -> None:
+        stream = self.stream
+        if any(one.is_at_tail for one in self.connections) or stream.state is State.ENDED:
+            assert not stream.holds_back
+            return
+        reached = max((one.reader.position for one in self.connections if one.reader is not None), default=0)
+        limit = self.read_ahead_bytes if stream.readers or stream.last_reader_stalled else 1 << 30
+        assert stream.holds_back == (stream.log.tail - reached >= limit)
+
+    def is_caught_up(self) -> bool:
+        for client in self.clients:
+            self.come_back(client)
+            client[-1].wire.give_room(1 << 30)
+        return all(client[-1].is_at_tail or client[-1].received()[1] for client in self.clients)
+
+    async def turns(self, condition: Callable[[], bool]) -> None:
+        """As many turns of the event loop as `condition` takes; there is no clock and no kernel to wait for."""
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("nothing moves any more")
+
+    async def run_out(self) -> None:
+        """Everybody reads and comes back; then the stream ends. All have all of it."""
+        await self.turns(self.is_caught_up)
+        self.check()
+        for client in self.clients:
+            last = client[-1]
+            if last.is_at_tail and last.told:
+                assert last.received()[0].controls[-1].retry_ms == last.told[-1]
+        self.end(Reason.COMPLETE)
+        await self.turns(lambda: all(one.is_over for one in self.connections))
+        self.check()
+        for client in self.clients:
+            written, ended = client[-1].received()
+            assert ended
+            assert written.frames[-1] == self.frames[-1]
+        assert self.stream.readers == 0
+
+    async def close(self) -> None:
+        for one in self.connections:
+            one.wire.abort()
+        await self.turns(lambda: all(one.is_over for one in self.connections))
+        await self.server.shutdown(1)
+
+
+def chunk_of(data: bytes) -> bytes:
+    """What is in a write that is one chunk."""
+    decoder = ChunkedDecoder()
+    decoder.feed(data)
+    (chunk,) = decoder.chunks
+    assert not decoder.rest
+    return chunk
+
+
+def last_frame(chunk: bytes) -> bytes:
+    return chunk[chunk.rfind(b"\n\n", 0, -2) + 2 :]
+
+
+def text_delta(text: str) -> str:
+    return f'{{"type":"content_block_delta","index":0,"delta":{{"type":"text_delta","text":"{text}"}}}}'
+
+
+TEXT = re.compile(re.escape(text_delta("@")).replace("@", "([0-9.]*)"))
+
+STEPS = st.one_of(
+    st.tuples(
+        st.just("publish"),
+        st.lists(
+            st.tuples(
+                st.sampled_from(["text", "text", "text", "other"]),
+                st.sampled_from([0, 8, 8, 100, 500, 900, 3000, 9000, 20_000]),
+            ),
+            min_size=1,
+            max_size=12,
+        ),
+    ),
+    st.tuples(st.just("arrive"), st.integers(0, 60), st.booleans()),
+    st.tuples(st.just("read"), st.integers(0, 3), st.sampled_from([1, 700, 5000, 40_000, 1 << 30])),
+    st.tuples(st.sampled_from(["lose", "reset", "evict", "tell", "beat", "come back"]), st.integers(0, 3)),
+    st.tuples(st.just("wait")),
+    st.tuples(st.just("end"), st.sampled_from([Reason.COMPLETE, Reason.ABANDONED])),
+)
+
+
+async def play(model: Model, steps: list[tuple[tuple[Any, ...], int]]) -> None:
+    for step, turns in steps:
+        clients = model.clients
+        match step:
+            case "publish", events:
+                model.publish(events)
+            case "arrive", after, compacted:
+                if len(clients) < 4:
+                    model.arrive(after, compacted)
+            case "end", reason:
+                if len(model.frames) > 30:
+                    model.end(reason)
+            case "wait", *_:
+                pass
+            case what, which, *rest if clients:
+                client = clients[which % len(clients)]
+                last = client[-1]
+                match what:
+                    case "read":
+                        last.wire.give_room(*rest)
+                    case "lose":
+                        last.wire.lose(None)
+                    case "reset":
+                        last.wire.lose(ConnectionResetError())
+                    case "evict" if last.reader is not None and not last.ended:
+                        last.reader.evict()
+                    case "tell":
+                        model.tell(last)
+                    case "beat":
+                        model.beat(last)
+                    case "come back":
+                        model.come_back(client)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        model.check()
+    await model.run_out()
+
+
+@settings(max_examples=3000 if SOAK else 150, deadline=None, derandomize=not SOAK)
+@given(
+    steps=st.lists(st.tuples(STEPS, st.sampled_from([0, 1, 1, 2, 3, 8])), min_size=30, max_size=60),
+    write_buffer_bytes=st.sampled_from([2048, 16 << 10]),
+    read_ahead_bytes=st.sampled_from([1000, 64 << 10]),
+)
+def test_any_order_of_events_gives_every_reader_what_follows_its_cursor(
+    steps: list[tuple[tuple[Any, ...], int]], write_buffer_bytes: int, read_ahead_bytes: int
+) -> None:
+    """Publishing, arriving, reading, stalling, leaving, coming back, evicting, telling, beating and ending at will."""
+
+    async def run() -> None:
+        model = Model(write_buffer_bytes, read_ahead_bytes)
+        try:
+            await play(model, steps)
+        finally:
+            await model.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
+async def test_reader_told_something_while_it_waits_for_its_socket_gets_it_without_another_event() -> None:
+    model = Model(2048, 64 << 10)
+    model.arrive(0, compacted=False)
+    (one,) = model.connections
+    await model.turns(lambda: one.is_at_tail)
+    # The first fills its buffer, the second has to wait in the log; once written, nothing is left there.
+    for _ in range(2):
+        model.publish([("other", 1900)])
+    assert one.wire.paused
+    assert not one.is_at_tail
+    one.wire.give_room(2000)
+    assert not one.wire.paused
+    await model.turns(lambda: one.wire.paused)
+    model.tell(one)
+    one.wire.give_room(1 << 20)
+    await model.turns(lambda: one.is_at_tail)
+    assert [control.retry_ms for control in one.received()[0].controls] == one.told
+    await model.run_out()
+    await model.close()
+
+
+async def test_reader_that_leaves_is_closed_before_its_stream_learns_of_it() -> None:
+    """What the stream does then, and what a sweep does that had begun before, writes nothing more to it."""
+    model = Model(2048, 64 << 10)
+    model.arrive(0, compacted=False)
+    (one,) = model.connections
+    one.wire.give_room(1 << 20)
+    await model.turns(lambda: one.is_at_tail)
+    wrote: list[int] = []
+
+    def left(stream: Stream) -> None:
+        model.beat(one)
+        stream.finish(Reason.ABANDONED)
+        model.beat(one)
+        wrote.append(len(one.wire.writes))
+
+    model.stream._on_left = left
+    before = len(one.wire.writes)
+    # The server's stop cancels its handlers while their connections are open still.
+    stop = asyncio.create_task(model.server.shutdown(0.001))
+    await model.turns(lambda: True)
+    await stop
+    assert wrote == [before]
