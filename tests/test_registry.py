@@ -299,6 +299,17 @@ async def test_look_up_costs_as_much_among_thousands_of_streams_as_among_few() -
         assert cost(many.registry, ids[many]) < 20 * cost(few.registry, ids[few])
 
 
+@pytest.mark.usefixtures("fast_sweep")
+async def test_stream_that_ran_for_longer_than_the_retention_is_kept_for_all_of_it_from_its_end_on() -> None:
+    async with bed(retention_s=60) as b:
+        stream = b.create()
+        stream.created -= 3600
+        publish(stream)
+        stream.finish(Reason.COMPLETE)
+        await eventually(sweeps(b.registry)(3))
+        assert b.kept == [stream]
+
+
 async def test_stream_that_was_refused_before_its_commit_is_not_kept() -> None:
     async with bed(FailingUpstream) as b:
         stream = b.create(b"refuse")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import Server, eventually, prompt, serving
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw import Answer, connected, request
 from rawclient import Frame, RawClient, Written, parse
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from aisse.simulator import Simulator
 
+SOAK = os.environ.get("TESTS_SOAK") == "1"
 TOKEN, OTHER_TOKEN = "a-token-of-some-length.1", "another-token-of-length.2"
 ALIEN = "A" * 22
 STATE = {"Accept": "application/json"}
@@ -1176,6 +1178,7 @@ def events(draw: st.DrawFn) -> tuple[str, str]:
     return "content_block_delta", json.dumps(value, ensure_ascii=ascii_only, separators=separators)
 
 
+@settings(max_examples=2_000 if SOAK else 200, deadline=None, derandomize=not SOAK)
 @given(st.lists(events(), max_size=30))
 def test_compact_is_the_same_to_who_adds_it_up(sequence: list[tuple[str, str]]) -> None:
     frames = b"".join(sse(seq, data, kind) for seq, (kind, data) in enumerate(sequence, 1))
