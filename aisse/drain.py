@@ -13,14 +13,18 @@ from aisse.sse import reconnect
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aisse.reader import Reader
     from aisse.registry import Registry
     from aisse.settings import Settings
 
     Report = Callable[[int, int, float], None]
 
 # The process is to be gone two seconds after the deadline, and aiohttp needs one of them for its part: readers get this
-# to take their `end`, then they are cut off.
+# to take their `end`, then they are cut off; those that have taken nothing for as long already are, at once.
 _LAST_BYTES_S = 0.5
+
+# How many readers are told before others get a turn: each makes its task run.
+_BATCH = 50
 
 # Who connected just before the listener closed has a request on its way: it is answered, were it with 503. aiohttp's
 # cleanup would close the connection over it. A little more than a packet takes round the world.
@@ -68,8 +72,10 @@ class Drain:
             await asyncio.sleep(unready_s)
             await close_listener()
             racing_until = loop.time() + _RACING_S
-        for reader in registry.attached():
+        for count, reader in enumerate(registry.attached(), 1):
             reader.tell(self.reconnect(resume=False))
+            if count % _BATCH == 0:
+                await asyncio.sleep(0)
         await self._wait_idle(report)
         await asyncio.sleep(max(0.0, racing_until - loop.time()))
         if registry.active_streams:
@@ -79,11 +85,16 @@ class Drain:
                 drain_s=settings.drain_s,
             )
         await registry.close()
+        self._cut_off([reader for reader in registry.attached() if reader.stalled_for(loop.time()) >= _LAST_BYTES_S])
         if not await registry.idle(_LAST_BYTES_S):
-            _log.warning("readers did not take their last bytes and are cut off", readers=registry.readers)
-            for reader in registry.attached():
-                reader.evict()
+            self._cut_off(registry.attached())
             await registry.idle(_LAST_BYTES_S)
+
+    def _cut_off(self, readers: list[Reader]) -> None:
+        if readers:
+            _log.warning("readers do not take their last bytes and are cut off", readers=len(readers))
+        for reader in readers:
+            reader.evict()
 
     async def _wait_idle(self, report: Report) -> None:
         loop = asyncio.get_running_loop()
