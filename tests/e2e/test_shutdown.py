@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import statistics
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -21,7 +22,8 @@ from conftest import prompt
 from rawclient import RawClient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from multiprocessing.connection import Connection
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 
@@ -37,62 +39,94 @@ LONG = "[[tokens=100000 pace=2]]"
 
 
 @dataclass
-class Probe:
-    """Asks for readiness and for a new stream, each on connections from before, as fast as answers come.
+class Probed:
+    """What was seen by a process that asks for readiness and for new streams, on connections from before."""
 
-    From a thread with blocking sockets: a client that reads a thousand streams would measure its own event loop.
-    """
-
-    address: tuple[str, int]
     unready_at: float = 0.0
-    """When the first answer that was not 200 came."""
-    refused_at: float = 0.0
-    """When the first POST that was refused was sent."""
-    started_after: int = 0
-    """Streams that were started by a POST sent after the first refusal."""
+    """When the first 503 to readiness came."""
+    started_at: float = 0.0
+    """When the last POST was sent that started a stream."""
+    refused: int = 0
+    """POSTs that were answered with 503."""
     unanswered_at: float = 0.0
-    """When the first request was sent that got no answer, which ends the probe."""
-    _stop: threading.Event = field(default_factory=threading.Event)
+    """When the first request was sent that got no answer."""
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        # Made while the listener is open. A refused POST ends its connection, so that there is one for each.
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.create_connection(self.address, 10)) for _ in range(200)]
-            thread = threading.Thread(target=self._run, args=(sockets,))
-            thread.start()
-            try:
-                yield
-            finally:
-                self._stop.set()
-                thread.join()
 
-    def _run(self, sockets: list[socket.socket]) -> None:
-        ready, *posts = sockets
-        body = json.dumps(prompt("[[tokens=1 pace=0]]")).encode()
-        head = f"Host: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nAisse-On-Leave: cancel"
-        post = b"POST /api/chat HTTP/1.1\r\n" + head.encode() + b"\r\n\r\n" + body
-        while not self._stop.is_set() and posts:
-            status = self._status(ready, b"GET /health/ready HTTP/1.1\r\nHost: test\r\n\r\n")
-            if status == b"503" and not self.unready_at:
-                self.unready_at = time.monotonic()
-            sent_at = time.monotonic()
-            status = self._status(posts.pop(), post)
-            if status == b"503" and not self.refused_at:
-                self.refused_at = sent_at
-            if status == b"200" and self.refused_at:
-                self.started_after += 1
-            if not status:
-                self.unanswered_at = sent_at
+def probe(address: tuple[str, int], parent: Connection) -> None:
+    """Says when it is connected, asks until it is told to stop or not answered any more, and sends a `Probed`.
+
+    A process of its own: a client that reads a thousand streams would measure its own event loop.
+    """
+    probed = Probed()
+    stop = threading.Event()
+    body = json.dumps(prompt("[[tokens=1 pace=0]]")).encode()
+    lines = ("POST /api/chat HTTP/1.1", "Host: test", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    post = "\r\n".join([*lines, "Aisse-On-Leave: cancel", "", ""]).encode() + body
+
+    def ask_ready(sock: socket.socket) -> None:
+        while not stop.is_set():
+            status = _status(sock, b"GET /health/ready HTTP/1.1\r\nHost: test\r\n\r\n")
+            if status == b"503":
+                probed.unready_at = time.monotonic()
                 return
-            self._stop.wait(0.02)
+            stop.wait(0.005)
 
-    def _status(self, sock: socket.socket, request: bytes) -> bytes:
-        try:
-            sock.sendall(request)
-            return sock.recv(65536)[9:12]
-        except ConnectionError:
-            return b""
+    def start(socks: list[socket.socket]) -> None:
+        for sock in socks:
+            sent_at = time.monotonic()
+            status = _status(sock, post)
+            if status == b"200":
+                probed.started_at = sent_at
+            elif status == b"503":
+                probed.refused += 1
+            else:
+                probed.unanswered_at = sent_at
+                return
+            if stop.wait(0.02):
+                return
+
+    # Made while the listener is open. A refused POST ends its connection, so that there is one for each.
+    with contextlib.ExitStack() as stack:
+        ready, *posts = (stack.enter_context(socket.create_connection(address, 20)) for _ in range(150))
+        parent.send("connected")
+        threads = [threading.Thread(target=ask_ready, args=(ready,)), threading.Thread(target=start, args=(posts,))]
+        for thread in threads:
+            thread.start()
+        parent.recv()
+        stop.set()
+        for thread in threads:
+            thread.join()
+    parent.send(probed)
+
+
+def _status(sock: socket.socket, request: bytes) -> bytes:
+    try:
+        sock.sendall(request)
+        return sock.recv(65536)[9:12]
+    except ConnectionError:
+        return b""
+
+
+@contextlib.asynccontextmanager
+async def probing(address: tuple[str, int]) -> AsyncIterator[Callable[[], Awaitable[Probed]]]:
+    """A probe at work; what it is given ends it and tells what it saw."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=probe, args=(address, theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    async def probed() -> Probed:
+        ours.send("stop")
+        result: Probed = await asyncio.to_thread(ours.recv)
+        return result
+
+    try:
+        assert await asyncio.to_thread(ours.recv) == "connected"
+        yield probed
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.join)
 
 
 async def ask(address: tuple[str, int], text: str) -> RawClient:
@@ -148,21 +182,19 @@ async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
                 continue
             readers += asked
             reading += [asyncio.create_task(client.read_to_end(DRAIN_S + 20)) for client in asked]
-        probe = Probe(running.address)
-        with probe.running():
-            await asyncio.sleep(0.2)  # some answers are further on than others
+        async with probing(running.address) as probed:
             signalled = time.monotonic()
             os.kill(running.pid, 15)
             assert await running.exit(DRAIN_S + 20) == 0
             gone_s.append(time.monotonic() - signalled)
+            seen = await probed()
         await asyncio.gather(*reading)
 
-        assert probe.unready_at
-        assert probe.refused_at
-        unready_ms.append(1000 * (max(probe.unready_at, probe.refused_at) - signalled))
-        assert probe.started_after == 0
+        assert seen.unready_at > signalled
+        assert seen.refused
+        unready_ms.append(1000 * (max(seen.unready_at, seen.started_at) - signalled))
         # Only the end of the process may cross a request on its way.
-        assert probe.unanswered_at == 0 or probe.unanswered_at > signalled + DRAIN_S
+        assert seen.unanswered_at == 0 or seen.unanswered_at > signalled + DRAIN_S
         reasons: Counter[str] = Counter()
         for client in readers:
             assert client.body.ended
