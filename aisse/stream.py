@@ -209,8 +209,8 @@ class Stream:
         if self._caught_up or self.state is State.ENDED:
             return False
         # Without a reader the stream runs on for one that may come back. Not so if the last one left bytes untaken:
-        # it was the brake, and running on would fill the memory with what nobody has asked for. A stream that is to go on
-        # without readers was asked for, and would stand still for good.
+        # it was the brake, and running on would fill the memory with what nobody has asked for. A stream that is to go
+        # on without readers was asked for, and would stand still for good.
         tight = self._readers or (self.last_reader_stalled and self.leave_s < math.inf)
         return self.log.tail - self._furthest >= (self._read_ahead_bytes if tight else self._stream_bytes)
 
