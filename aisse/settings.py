@@ -109,7 +109,9 @@ class Settings(BaseModel):
     leave_s: Seconds = _field(10, "how long a stream goes on that nobody reads")
     leave_max_s: Seconds = _field(300, "longest leave time that a request may ask for")
     allow_continue: bool = _field(False, "allow requests to go on without any reader to their end")
-    stall_s: PositiveSeconds = _field(30, "a reader that takes no byte for so long is evicted; what it must take: see README, Backpressure")
+    stall_s: PositiveSeconds = _field(
+        30, "a reader that takes no byte for so long is evicted; what it must take: see README, Backpressure"
+    )
     retention_s: Seconds = _field(300, "how long a finished stream can be read again")
     drain_s: Seconds = _field(25, "how long running streams may go on at shutdown")
     unready_s: Seconds = _field(
