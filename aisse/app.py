@@ -12,7 +12,7 @@ from aiohttp import hdrs, web
 
 import aisse
 from aisse.drain import Drain
-from aisse.errors import ConfigError, RequestError, StreamError, error_body
+from aisse.errors import ConfigError, DrainingError, RequestError, StreamError, error_body
 from aisse.listener import Listener
 from aisse.registry import Registry
 from aisse.routes import chat, operations, pages
@@ -36,8 +36,8 @@ DRAIN: web.AppKey[Drain] = web.AppKey("drain", Drain)
 # How long the rest of a refused body is read, so that the client gets to see the refusal.
 _LINGERING_S = 2.0
 
-# What aiohttp gives handlers that are still at work after the drain, refusals in the main; then it cancels them.
-_LAST_HANDLERS_S = 1.0
+# What aiohttp gives handlers that are still at work after the drain; then it cancels them and waits as long again.
+_LAST_HANDLERS_S = 0.5
 
 # How often a supervisor is told how many streams run.
 _STATUS_S = 1.0
@@ -65,7 +65,7 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     async def shutdown(_app: web.Application) -> None:
         await drain.run()
 
-    app = web.Application(middlewares=[_closing(registry), _errors], client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=[_drained(registry), _errors], client_max_size=settings.max_body_bytes)
     app[REGISTRY] = registry
     app[DRAIN] = drain
     app.add_routes(chat.routes(settings, registry, drain))
@@ -216,21 +216,25 @@ def _check_limits(runner: web.AppRunner, settings: Settings) -> None:
         raise AssertionError("aiohttp did not take the limits that it was given")
 
 
-def _closing(registry: Registry) -> Middleware:
-    """While the server drains, its API's connections are closed with their answer: the next request goes elsewhere.
+def _drained(registry: Registry) -> Middleware:
+    """Has a drain wait for the API's requests, and closes their connections with their answers meanwhile.
 
-    Not those of health: once the listener is closed, they alone can still tell how the drain goes.
+    The next request goes elsewhere then. Not those of health: once the listener is closed, connections from before
+    alone can still tell how the drain goes.
     """
 
     @web.middleware
-    async def close(request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await handler(request)
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not request.path.startswith("/api/"):
+            return await handler(request)
+        with registry.answering():
+            response = await handler(request)
         # A stream's has begun by now, and never carries `Connection: close`.
-        if registry.draining and not response.prepared and request.path.startswith("/api/"):
+        if registry.draining and not response.prepared:
             response.force_close()
         return response
 
-    return close
+    return answer
 
 
 @web.middleware
@@ -257,6 +261,9 @@ def _answer_to(error: Exception, method: str) -> web.Response:
                 response.headers[hdrs.RETRY_AFTER] = str(error.retry_after_s)
             if error.status == 408:
                 response.force_close()
+            if isinstance(error, DrainingError):
+                # `Connection: close` does not tell a proxy that nothing was started: every answer has it meanwhile.
+                response.headers["Aisse-Draining"] = "1"
         case StreamError():
             response = web.json_response(error.body(), status=error.status)
             if error.retry_after is not None:

@@ -114,7 +114,7 @@ def _serve(flags: dict[str, Any], file: Path | None) -> None:
 def _progress_line(streams: int, readers: int, left_s: float) -> None:
     """One line of the terminal that is written anew each second: two hundred would bury what else was said."""
     text = f"draining: {streams} streams, {readers} readers, {left_s:.0f} s left" if streams or readers else ""
-    print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+    print(log.CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
 
 
 def _config(flags: dict[str, Any], file: Path | None) -> None:

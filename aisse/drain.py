@@ -26,8 +26,9 @@ _LAST_BYTES_S = 0.5
 # How many readers are told before others get a turn: each makes its task run.
 _BATCH = 50
 
-# Who connected just before the listener closed has a request on its way: it is answered, were it with 503. aiohttp's
-# cleanup would close the connection over it. A little more than a packet takes round the world.
+# Who connected just before the listener closed, or has just read an answer, has a request on its way: it is answered,
+# were it with 503. aiohttp's cleanup would close the connection over it. A little more than a packet takes round the
+# world.
 _RACING_S = 0.3
 
 _REPORT_S = 1.0
@@ -36,7 +37,7 @@ _log = structlog.get_logger("aisse.drain")
 
 
 class Drain:
-    """Ends a server's streams without cutting off whoever can be waited for. `run` once, ask the rest at any time."""
+    """Ends a server's streams without cutting off whoever can be waited for. `run` once; the rest is for requests."""
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._settings = settings
@@ -44,6 +45,7 @@ class Drain:
         self._deadline = 0.0
         self._lock = asyncio.Lock()
         self._done = False
+        self._telling = False
 
     async def run(
         self, close_listener: Callable[[], Awaitable[None]] | None = None, report: Report | None = None
@@ -67,17 +69,16 @@ class Drain:
         unready_s = settings.unready_s if close_listener is not None else 0.0
         self._deadline = loop.time() + unready_s + settings.drain_s
         registry.draining = True
-        racing_until = 0.0
         if close_listener is not None:
             await asyncio.sleep(unready_s)
             await close_listener()
-            racing_until = loop.time() + _RACING_S
+        self._telling = True
         for count, reader in enumerate(registry.attached(), 1):
             reader.tell(self.reconnect(resume=False))
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
-        await self._wait_idle(report)
-        await asyncio.sleep(max(0.0, racing_until - loop.time()))
+        if await self._wait_idle(report) and close_listener is not None:
+            await asyncio.sleep(_RACING_S)
         if registry.active_streams:
             _log.warning(
                 "streams still run at the deadline and are ended; drain_s says how long they may",
@@ -96,15 +97,21 @@ class Drain:
         for reader in readers:
             reader.evict()
 
-    async def _wait_idle(self, report: Report) -> None:
+    async def _wait_idle(self, report: Report) -> bool:
         loop = asyncio.get_running_loop()
         if await self._registry.idle(0):
-            return
+            return True
         while (left_s := self._deadline - loop.time()) > 0:
             idle = await self._registry.idle(min(left_s, _REPORT_S))
             report(self._registry.active_streams, self._registry.readers, max(0.0, self._deadline - loop.time()))
             if idle:
-                return
+                return True
+        return False
+
+    def greet(self, reader: Reader) -> None:
+        """Tells a reader that came after all others were told."""
+        if self._telling:
+            reader.tell(self.reconnect(resume=False))
 
     def reconnect(self, *, resume: bool) -> bytes:
         """The event that tells one reader when to come back if its connection ends.

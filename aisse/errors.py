@@ -3,6 +3,7 @@
 AisseError
 ├── ConfigError               the start is refused (exit 78, sysexits' EX_CONFIG)
 ├── RequestError              the client's request is at fault, or cannot be taken now: a 4xx or 503 of ours
+│   └── DrainingError         nothing was started, because the server is shutting down
 └── StreamError               what ends a stream otherwise than complete
     ├── UpstreamError         the upstream refused, failed or said so in an `error` event
     └── LimitError            a bound of ours was reached
@@ -50,6 +51,13 @@ class RequestError(AisseError):
     def body(self) -> dict[str, object]:
         """The error as clients get it, in the shape of an `error` event."""
         return error_body(self.kind, str(self), self.field)
+
+
+class DrainingError(RequestError):
+    """The server is shutting down and has started nothing: the same request may be sent to another instance."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
 
 
 @dataclass(eq=False)

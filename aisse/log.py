@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import traceback
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from structlog.typing import EventDict, Processor, WrappedLogger
+
+
+CLEAR_LINE = "\r\x1b[2K"
+"""To the beginning of a terminal's line, and nothing on it (ECMA-48, EL)."""
 
 
 def configure(log_format: Literal["auto", "json", "console"], level: str) -> None:
@@ -44,11 +48,14 @@ def configure(log_format: Literal["auto", "json", "console"], level: str) -> Non
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+    rendering: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
+    if console and sys.stderr.isatty():
+        rendering.append(_in_place_of_progress)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[_without_arguments, *shared],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=rendering,
             use_get_message=False,
         )
     )
@@ -58,6 +65,11 @@ def configure(log_format: Literal["auto", "json", "console"], level: str) -> Non
     root.handlers[:] = [handler]
     root.setLevel(number)
     logging.captureWarnings(True)
+
+
+def _in_place_of_progress(_logger: WrappedLogger, _name: str, line: Any) -> Any:
+    """A drain's progress stands on the terminal's last line without an end; it is written again in a second."""
+    return CLEAR_LINE + line
 
 
 def _without_arguments(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from aisse.errors import RequestError, StreamError, UpstreamError
+from aisse.errors import DrainingError, RequestError, StreamError, UpstreamError
 from aisse.relay import Relay
 from aisse.replay import MemoryLog, ReplayMemory
 from aisse.stream import Reason, State, Stream
@@ -64,6 +64,7 @@ class Registry:
         self._finished: OrderedDict[str, Stream] = OrderedDict()  # oldest end first
         self._keys: dict[Key, tuple[Stream, bytes]] = {}
         self._readers: set[Reader] = set()
+        self._unanswered = 0
         self._relays: dict[str, tuple[Relay, asyncio.Task[None]]] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self.draining = False
@@ -82,7 +83,7 @@ class Registry:
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="registry sweep")
 
     async def idle(self, within_s: float) -> bool:
-        """Whether all streams have ended and all readers are gone, now or `within_s`. One caller at a time."""
+        """Whether all streams have ended and all requests are answered, now or `within_s`. One caller at a time."""
         self._idle = asyncio.get_running_loop().create_future()
         self._tell_idle()
         try:
@@ -172,9 +173,9 @@ class Registry:
         return stream
 
     def admit(self) -> None:
-        """Raises RequestError (503) where no stream is started any more."""
+        """Raises DrainingError where no stream is started any more."""
         if self.draining:
-            raise RequestError(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
+            raise DrainingError
 
     def end(self, stream: Stream, reason: Reason, error: StreamError | None = None) -> None:
         """Ends a stream from outside its relay and closes its upstream's connection at once. Idempotent."""
@@ -191,12 +192,23 @@ class Registry:
             self._readers.discard(reader)
             self._tell_idle()
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Counts a request as unanswered for as long as the block runs, whether it reads a stream or not."""
+        self._unanswered += 1
+        try:
+            yield
+        finally:
+            self._unanswered -= 1
+            self._tell_idle()
+
     def attached(self) -> list[Reader]:
         """The readers that the sweep looks after now."""
         return list(self._readers)
 
     def _tell_idle(self) -> None:
-        if self._idle is not None and not self._idle.done() and not self._running and not self._readers:
+        busy = self._running or self._readers or self._unanswered
+        if self._idle is not None and not self._idle.done() and not busy:
             self._idle.set_result(None)
 
     def _left(self, stream: Stream) -> None:

@@ -7,6 +7,7 @@ child that inherited them would speak for it.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from typing import TYPE_CHECKING, Self
 
@@ -46,7 +47,8 @@ class Notifier:
         watched = environ.pop("WATCHDOG_PID", str(os.getpid()))
         if address[:1] not in {"/", "@"}:  # it may be a vsock of a virtual machine's host, which is not for services
             return cls()
-        watchdog = microseconds.isdecimal() and int(microseconds) > 0 and watched == str(os.getpid())
+        # No more digits than a number of 64 bits has: a longer one is no time.
+        watchdog = re.fullmatch(r"0*[1-9][0-9]{0,17}", microseconds) is not None and watched == str(os.getpid())
         return cls(
             "\0" + address[1:] if address.startswith("@") else address,  # "@" stands for the abstract namespace
             int(microseconds) / 2e6 if watchdog else None,

@@ -1,4 +1,4 @@
-"""The shutdown sequence, against a server in this process; real signals to real processes are in e2e/test_drain.py."""
+"""The shutdown sequence, against a server in this process; real signals to real processes are in e2e/test_shutdown.py."""
 
 from __future__ import annotations
 

@@ -94,9 +94,7 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
 
     async def read(request: web.Request, stream: Stream, seq: int, *, compacted: bool = False) -> web.StreamResponse:
         reader = Reader(stream, settings, seq, compacted=compacted)
-        if registry.draining:
-            # While this server can go on with it, nobody else can.
-            reader.tell(drain.reconnect(resume=False))
+        drain.greet(reader)
         with registry.reading(reader):
             return await reader.run(request)
 
