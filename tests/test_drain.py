@@ -1,4 +1,4 @@
-"""The shutdown sequence, against a server in this process; real signals to real processes are in e2e/test_shutdown.py."""
+"""The shutdown sequence, against a server in this process; real processes get real signals in e2e/test_shutdown.py."""
 
 from __future__ import annotations
 
@@ -183,8 +183,62 @@ async def test_post_while_draining_is_503_with_retry_after_and_close(server: Ser
         assert refusal.status == 503
         assert int(refusal.headers["Retry-After"]) > 0
         assert refusal.headers["Connection"] == "close"
+        assert refusal.headers["Aisse-Draining"] == "1"
         assert refusal.json()["error"]["type"] == "overloaded_error"
     assert simulator.stats.requests == 0
+
+
+async def test_failure_of_a_started_generation_while_draining_is_not_taken_for_a_refusal(simulator: Simulator) -> None:
+    """A proxy may send a refused request elsewhere; this one it must not."""
+    async with serving(simulator.url, drain_s=30, first_byte_commit_s=60) as server:
+        asked = asyncio.create_task(
+            answer(server, request("POST", "/api/chat", json.dumps(prompt("[[first_s=0.5 status=529]]")).encode(), {}))
+        )
+        await eventually(lambda: server.registry.active_streams == 1)
+        async with draining(server):
+            refusal = await asked
+        assert refusal.status == 503
+        assert refusal.headers["Connection"] == "close"
+        assert "Aisse-Draining" not in refusal.headers
+
+
+async def test_request_whose_body_is_on_its_way_is_waited_for_with_nothing_else_to_wait_for(
+    simulator: Simulator,
+) -> None:
+    what = request("POST", "/api/chat", json.dumps(prompt("hello")).encode())
+    async with serving(simulator.url, drain_s=600) as server, connected(server.address) as connection:
+        await connection.send(what[:-5])
+        await eventually(lambda: server.registry._unanswered == 1)
+        async with draining(server) as drain:
+            await asyncio.sleep(0.05)
+            assert not drain.done()
+            await connection.send(what[-5:])
+            assert (await connection.answer()).status == 503
+            await asyncio.wait_for(drain, 10)
+
+
+async def test_reader_that_comes_while_connections_are_still_taken_is_told_once_with_the_others(
+    simulator: Simulator,
+) -> None:
+    async with serving(simulator.url, drain_s=30, unready_s=2) as server, await asking(server, ENDLESS) as first:
+        path = first.headers["content-location"]
+        closed = asyncio.Event()
+
+        async def close_listener() -> None:
+            closed.set()
+
+        async with draining(server, close_listener=close_listener), await RawClient.connect(server.address) as second:
+            await second.get(path)
+            await second.answered()
+            await second.read_until(lambda client: client.written.frames != [])
+            assert not closed.is_set()
+            assert not told(second)
+            for client in (first, second):
+                await client.read_until(told)
+                # Whoever was told twice would be so within the next events.
+                for _ in range(3):
+                    await client.read()
+                assert len(client.written.controls) == 1
 
 
 async def test_post_that_joins_a_stream_of_this_server_still_does_while_draining(simulator: Simulator) -> None:

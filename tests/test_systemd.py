@@ -158,6 +158,8 @@ def test_nothing_is_sent_after_close(supervisor: socket.socket, notifier: Notifi
         ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
         ({"WATCHDOG_USEC": "0"}, None),
         ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "1" * 400}, None),
+        ({"WATCHDOG_USEC": "٣"}, None),
         ({}, None),
     ],
 )
