@@ -19,7 +19,7 @@ import trustme
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 CONFIGURATION = Path(__file__).parents[2] / "nginx"
 DEBIAN = Path("/usr/sbin/nginx")
@@ -113,11 +113,13 @@ def write(
     tls: tuple[str, int] | None = None,
     http2_directive: bool = False,
     workers: int = 1,
+    instead: Mapping[str, str] | None = None,
 ) -> None:
     """Lays the configuration out in `folder` as it would lie in /etc/nginx.
 
     Changed is what its comments tell operators to change, and no more: the instances (`upstreams`), addresses to listen
-    on, the certificate's paths, the folder of the logs, and, with `http2_directive`, the line that turns HTTP/2 on.
+    on, the certificate's paths, the folder of the logs, with `http2_directive` the line that turns HTTP/2 on, and what
+    `instead` has other text for, such as a limit.
     """
     (folder / "conf.d").mkdir()
     (folder / "aisse.d").mkdir()
@@ -128,6 +130,8 @@ def write(
     text = _replaced(text, "server 127.0.0.1:3000 max_fails=0;", instances)
     text = _replaced(text, "listen 80 ", f"listen {plain[0]}:{plain[1]} ")
     text = text.replace("/var/log/nginx/", f"{folder}/")
+    for old, new in (instead or {}).items():
+        text = _replaced(text, old, new)
     (folder / "conf.d" / "aisse.conf").write_text(text)
     if tls is None:
         return
@@ -163,11 +167,16 @@ def _command(binary: Path, folder: Path, *arguments: str) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def nginx(
-    binary: Path, upstreams: Sequence[tuple[str, int]], *, tls: bool = False, workers: int = 1
+    binary: Path,
+    upstreams: Sequence[tuple[str, int]],
+    *,
+    tls: bool = False,
+    workers: int = 1,
+    instead: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Nginx]:
     """An nginx on ports from the system, in a folder of its own; ended by its pid at the end of the block.
 
-    It hands requests to `upstreams`, in turn.
+    It hands requests to `upstreams`, in turn. `instead` has other text for parts of the configuration.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aisse-nginx-")))
@@ -180,6 +189,7 @@ async def nginx(
             tls=addresses[1] if tls else None,
             http2_directive=version(binary) >= (1, 25, 1),
             workers=workers,
+            instead=instead,
         )
         descriptors = [sock.fileno() for sock in listening]
         process = await asyncio.create_subprocess_exec(

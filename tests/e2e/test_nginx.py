@@ -544,11 +544,52 @@ async def test_post_goes_on_to_the_next_instance_where_one_is_gone_or_drains() -
         assert any("503" in status for status in statuses), statuses
 
 
-async def test_refusal_for_another_reason_is_told_and_not_asked_for_elsewhere() -> None:
-    """The LLM's 503 and 429, and a limit of ours: the one says when to come back, and the other why."""
+async def test_generation_that_a_draining_instance_started_is_never_repeated() -> None:
+    """The LLM's 503 comes through it like its own refusals: with a 503, and with `Connection: close`."""
+    drains = asyncio.Event()
 
     async def answer(request: Request, connection: rawupstream.Connection) -> None:
-        status = "429 Too Many Requests" if "429" in request.prompt else "503 Service Unavailable"
+        await drains.wait()
+        connection.send(head("503 Service Unavailable", "application/json", framing="2"), b"{}")
+
+    draining_for_long = ("--unready-s", "60", "--first-byte-commit-s", "60")
+    async with (
+        raw_upstream(answer) as llm,
+        served("--upstream", llm.url, *draining_for_long) as one,
+        served("--upstream", llm.url, *draining_for_long) as other,
+        front(one.address, other.address) as nginxes,
+    ):
+
+        async def ask(via: Via, number: int) -> None:
+            async with await nginxes.connect(via) as client:
+                await client.ask(prompt(f"{via} {number}"))
+                body = json.loads(await client.to_end())
+                assert (client.status, body["error"]["type"]) == (503, "overloaded_error")
+                assert "aisse-draining" not in client.headers
+
+        asked = [(via, number) for via in nginxes.vias for number in range(4)]
+        async with asyncio.TaskGroup() as asking:
+            for via, number in asked:
+                asking.create_task(ask(via, number))
+            await eventually(lambda: len(llm.requests) == len(asked), timeout_s=20)
+            one.process.send_signal(signal.SIGTERM)
+            await eventually(lambda: bool(one.logged("stopping")), timeout_s=20)
+            drains.set()
+        assert len(llm.requests) == len(asked)
+        # Some were with the one that drains.
+        assert 0 < len(one.logged("stream ended")) < len(asked)
+        # Where all drain, that is the answer.
+        other.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: bool(other.logged("stopping")), timeout_s=20)
+        await nginxes.each(lambda via: ask(via, 4))
+        assert len(llm.requests) == len(asked)
+
+
+async def test_refusal_for_another_reason_is_told_and_not_asked_for_elsewhere() -> None:
+    """The LLM's 413 and 429 in its own words, its 503 in ours; who may read it is told when to come back."""
+
+    async def answer(request: Request, connection: rawupstream.Connection) -> None:
+        status = f"{request.prompt} Some Reason"
         body = b'{"type":"error","error":{"type":"some_error","message":"in its own words"}}'
         connection.send(head(status, "application/json", "Retry-After: 17", framing=str(len(body))), body)
 
@@ -560,15 +601,15 @@ async def test_refusal_for_another_reason_is_told_and_not_asked_for_elsewhere() 
         front(one.address, other.address) as nginxes,
     ):
         for via in nginxes.vias:
-            for status in (429, 503):
+            for status in (413, 429, 503):
                 llm.requests.clear()
                 async with await nginxes.connect(via) as client:
                     await client.ask(prompt(str(status)), {"origin": origin})
                     body = json.loads(await client.to_end())
                 assert (client.status, body["type"]) == (status, "error")
-                assert ("in its own words" in body["error"]["message"]) == (status == 429)
+                assert ("in its own words" in body["error"]["message"]) == (status != 503)
                 assert client.headers["content-type"].startswith("application/json")
-                assert client.headers["retry-after"] == "17"
+                assert client.headers.get("retry-after") == ("17" if status != 413 else None)
                 assert client.headers["access-control-allow-origin"] == origin
                 assert client.headers["vary"] == "Origin"
                 assert len(llm.requests) == 1
@@ -604,10 +645,12 @@ async def test_reading_again_finds_the_instance_that_knows_the_stream() -> None:
                 assert [frame.seq for frame in read.frames] == list(range(3, len(read.frames) + 3))
                 assert read.frames[0] == frames[2]
             for _ in range(2):  # whichever instance is asked first
-                async with await nginxes.connect(via) as client:
-                    await client.request("DELETE", url)
-                    await client.answered()
-                    assert client.status == 204
+                for method, path in (("DELETE", url), ("POST", f"{url}/stop")):
+                    async with await nginxes.connect(via) as client:
+                        await client.request(method, path)
+                        await client.answered()
+                        assert client.status == 204
+                        assert client.headers["content-location"] == url
                 async with await nginxes.connect(via) as client:
                     await client.request("GET", f"/api/chat/{'x' * 22}")
                     await client.answered()
@@ -622,7 +665,8 @@ async def test_refusals_of_nginx_itself_have_the_shape_of_ours() -> None:
 
         async def post(via: Via, body: bytes) -> tuple[int, dict[str, Any], dict[str, str]]:
             async with await nginxes.connect(via, source=2 + WAYS.index(via.way)) as client:
-                await client.request("POST", "/api/chat", body, {"content-type": "application/json"})
+                length = {"content-length": str(len(body))}
+                await client.request("POST", "/api/chat", body, {"content-type": "application/json"} | length)
                 text = await client.to_end()
                 assert client.ended
                 assert client.headers["content-type"].startswith("application/json")
@@ -652,31 +696,46 @@ async def test_refusals_of_nginx_itself_have_the_shape_of_ours() -> None:
         await nginxes.each(run, at_once=1)
 
 
-async def test_one_address_reads_200_streams_at_once_and_no_more() -> None:
+async def test_one_address_is_limited_in_what_it_starts_and_not_in_what_it_reads(binary: Path) -> None:
+    """A native EventSource that reads 429 does not come back, and DELETE and stop are for whoever has too many."""
     upstream = Upstream()
     async with (
         raw_upstream(upstream.answer) as llm,
         served("--upstream", llm.url) as aisse,
-        front(aisse.address) as nginxes,
+        # Fewer than the 50 questions that may come at once.
+        nginx(
+            binary, [aisse.address], instead={"limit_conn aisse_streams 200;": "limit_conn aisse_streams 20;"}
+        ) as proxy,
+        contextlib.AsyncExitStack() as stack,
     ):
 
-        async def run(via: Via) -> None:
-            async with await nginxes.connect(via) as first, contextlib.AsyncExitStack() as stack:
-                upstream.tokens[str(via)].put_nowait("token")
-                await first.ask(prompt(str(via)))
-                await first.until(b"token")
+        async def send(method: str, path: str, body: bytes | None = None) -> Client:
+            client = await stack.enter_async_context(await connect(proxy.address, "http1", context("http1")))
+            await client.request(method, path, body, {"content-type": "application/json"} if body else None)
+            await client.answered()
+            return client
 
-                async def read() -> int:
-                    client = await stack.enter_async_context(await nginxes.connect(via))
-                    await client.request("GET", first.headers["content-location"])
-                    await client.answered()
-                    return client.status
+        async def ask(text: str) -> Client:
+            upstream.tokens[text].put_nowait("token")
+            return await send("POST", "/api/chat", json.dumps(prompt(text)).encode())
 
-                statuses = await asyncio.gather(*(read() for _ in range(205)))
-                assert (statuses.count(200), statuses.count(429)) == (199, 6)
-
-        for binary in nginxes.servers:
-            await run(Via(binary, "http1"))
+        started = [await ask(f"question {number}") for number in range(20)]
+        assert {client.status for client in started} == {200}
+        limited = await ask("one too many")
+        assert json.loads(await limited.to_end())["error"]["type"] == "rate_limit_error"
+        assert limited.status == 429
+        assert len(llm.requests) == 20
+        url = started[0].headers["content-location"]
+        reading = await asyncio.gather(*(send("GET", url) for _ in range(205)))
+        assert {client.status for client in reading} == {200}
+        assert (await send("POST", f"{url}/stop")).status == 204
+        for client in (started[0], *reading):
+            assert ending(await client.to_end()) == "stopped"
+        # Who ends one may start another, once nginx has written the line of the one that ended.
+        await eventually(
+            lambda: any(line["path"] == "/api/chat" and line["status"] == "200" for line in proxy.access_log())
+        )
+        assert (await ask("one more")).status == 200
 
 
 async def test_logs_hold_no_query_strings_and_no_whole_ids() -> None:
@@ -695,6 +754,7 @@ async def test_logs_hold_no_query_strings_and_no_whole_ids() -> None:
             upstream.tokens[str(via)].put_nowait("token")
             await client.ask(prompt(str(via)), {"referer": f"https://app.example/?{secret}"})
             await client.until(b"token")
+            reading.append(client)
             ids.append(client.headers["content-location"].rpartition("/")[2])
             for path, status in (("/", 200), ("/health", 403), ("/nowhere", 404), (f"/api/chat/{ids[-1]}", 200)):
                 async with await nginxes.connect(via, source=9) as other:
@@ -711,6 +771,7 @@ async def test_logs_hold_no_query_strings_and_no_whole_ids() -> None:
         for client in reading:
             await client.to_end()
             assert client.broken
+            client.wire.sock.close()  # nginx waits five seconds for more, and has no line until then
         for via in nginxes.vias:
             async with await nginxes.connect(via) as client:
                 await client.request("GET", f"/api/chat/{ids[0]}?{secret}")
