@@ -51,8 +51,9 @@ class Command:
 
     def stderr(self) -> str:
         """Everything that it wrote to standard error so far."""
-        self.stderr_file.seek(0)
-        return self.stderr_file.read().decode()
+        # Without a seek: the process writes at the same offset, and would overwrite what it had written.
+        descriptor = self.stderr_file.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
 
     def log(self) -> list[dict[str, Any]]:
         """Its log lines so far. AssertionError for anything else on standard error, a traceback above all."""
