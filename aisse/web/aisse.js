@@ -1,0 +1,458 @@
+/** The browser's side of aisse. What is exported is described in aisse.d.ts. */
+
+const END_OF_LINE = /\r\n|\r|\n/;
+const EVENT_ID = /^([\w-]{22})\.(\d{1,16})$/;
+const QUEUED = 64; // events that wait for an iteration before reading pauses
+const STEADY_MS = 10_000; // a connection that held so long was no failed attempt
+const now = () => performance.now();
+
+export class ChatError extends Error {
+  name = "ChatError";
+  constructor(kind, message, { cause, ...fields } = {}) {
+    super(message, { cause });
+    Object.assign(this, fields, { kind });
+  }
+}
+
+/** Thrown where a response is over before its `end`, to tell it from what a callback throws. */
+class Interrupted {
+  constructor(error) {
+    this.error = error;
+  }
+}
+
+export function createParser({ onEvent, onId, onRetry }, maxLength = 1 << 24) {
+  let line = "", type = "", id = "", data = [], size = 0, skipLF = false;
+  const take = () => {
+    if (line === "") {
+      const event = { type: type || "message", data: data.join("\n"), id };
+      const dispatched = data.length > 0;
+      type = "";
+      data = [];
+      size = 0;
+      if (dispatched) onEvent(event);
+      return;
+    }
+    const [, name, value = ""] = /^([^:]*)(?:: ?([^]*))?$/.exec(line);
+    if (name === "data") {
+      data.push(value);
+      size += value.length;
+    } else if (name === "event") type = value;
+    else if (name === "id" && !value.includes("\0")) onId?.((id = value));
+    else if (name === "retry" && /^\d+$/.test(value)) onRetry?.(+value);
+  };
+  return (text) => {
+    if (text === "") return;
+    const lines = (skipLF && text[0] === "\n" ? text.slice(1) : text).split(END_OF_LINE);
+    skipLF = text.endsWith("\r"); // it ended its line; an LF that follows is its second half
+    const rest = lines.pop();
+    for (const end of lines) {
+      line += end;
+      take();
+      line = "";
+    }
+    line += rest;
+    if (size + line.length > maxLength) throw new RangeError(`an event is longer than ${maxLength} characters`);
+  };
+}
+
+/** Seconds in a Retry-After, which is a number or a date (RFC 9110, section 10.2.3). */
+function retryAfter(response) {
+  const value = response.headers.get("Retry-After");
+  if (!value) return undefined;
+  const seconds = /^\d+$/.test(value) ? +value : (Date.parse(value) - Date.now()) / 1000;
+  return seconds >= 0 ? seconds : undefined;
+}
+
+class Chat {
+  id = "";
+  cursor = "";
+  state = "connecting";
+  text = "";
+  thinking = "";
+  tools = [];
+  usage;
+  reason;
+  error;
+  #options;
+  #url;
+  #headers;
+  #saved; // what a reload needs to ask again: key and body
+  #body;
+  #seq = 0;
+  #blocks = new Map(); // tool calls that are being written, by their block's index
+  #attempt = 0;
+  #retryMs = 2000;
+  #heartbeatMs;
+  #moveAt = 0; // when the server wants us to come back, elsewhere
+  #moving; // the timer for it
+  #beyond = false;
+  #connection; // an AbortController, aborted with the reason
+  #lastByte = 0;
+  #queue; // events for the iteration, while there is one
+  #stopping = false;
+  #soon = false; // the next pause is none
+  #over = false;
+  #said; // the `error` event's
+  #left; // {error}, once the page has left
+  #wake = {}; // resolves what is waited for: the end of a `pause`, `room` in the queue, an `event`
+
+  constructor(saved, options = {}) {
+    const { id = "", key, body } = saved;
+    if (!id && !(key && body)) throw new TypeError("there is neither an id to resume nor a question to ask");
+    this.#options = options;
+    this.#url = (options.url ?? "/api/chat").replace(/\/+$/, "");
+    new URL(this.#url, globalThis.location?.href); // throws: a wrong one is no network that is down
+    this.#headers = new Headers(options.headers);
+    this.#heartbeatMs = options.heartbeatMs ?? 15_000;
+    this.#saved = { key, body };
+    this.#body = JSON.stringify(body);
+    this.id = id;
+    if (options.after) {
+      if (EVENT_ID.exec(options.after)?.[1] !== id) throw new TypeError("`after` is no cursor of this answer");
+      this.#moveTo(options.after);
+    }
+    this.#save();
+    // Not at once: callbacks may speak of what this constructor's result is assigned to.
+    this.finished = Promise.resolve().then(() => this.#run());
+    this.finished.catch(() => {});
+  }
+
+  get silenceMs() {
+    return this.state === "streaming" ? now() - this.#lastByte : 0;
+  }
+
+  async *[Symbol.asyncIterator]() {
+    const queue = (this.#queue = []);
+    try {
+      while (!this.#over || queue.length) {
+        if (queue.length) yield queue.shift();
+        else await this.#until("event");
+        if (queue.length < QUEUED) this.#wake.room?.();
+      }
+      await this.finished;
+    } finally {
+      this.#queue = undefined;
+      this.detach();
+    }
+  }
+
+  async stop() {
+    if (!this.#stopping && !this.#over) {
+      this.#stopping = true;
+      if (this.id) this.#delete();
+      else if (this.state === "reconnecting") this.#leave();
+    }
+    await this.finished.catch(() => {});
+  }
+
+  detach() {
+    this.#leave();
+  }
+
+  reconnect() {
+    this.#drop(new ChatError("moved", "A new connection was asked for."));
+  }
+
+  // --- one response after the other ---
+
+  async #run() {
+    const { signal } = this.#options;
+    const online = () => {
+      this.#attempt = 0;
+      // An open connection, too: it is the one from before, which may never say that it is dead.
+      this.#drop(new ChatError("unreachable", "The network had gone."));
+    };
+    const abort = () => this.#leave(signal.reason);
+    globalThis.addEventListener?.("online", online);
+    signal?.addEventListener("abort", abort);
+    if (signal?.aborted) abort();
+    let error;
+    try {
+      while (!this.reason && !this.#left) {
+        const failure = await this.#connect();
+        if (failure && !this.#left) await this.#pause(failure);
+      }
+      error = this.reason ? this.#failure() : this.#left.error;
+    } catch (thrown) {
+      error = thrown;
+    }
+    this.#over = true;
+    this.error = error instanceof ChatError ? error : undefined;
+    globalThis.removeEventListener?.("online", online);
+    signal?.removeEventListener("abort", abort);
+    this.#wake.event?.();
+    // What can still be read stays: an answer that was left, or lost for want of a connection.
+    if (this.reason || error?.status < 500 || this.#stopping) this.#forget();
+    const kind = this.error?.kind;
+    this.#to(this.reason ? "ended" : kind === "refused" || kind === "lost" ? kind : "detached", { error: this.error });
+    if (error) throw error;
+  }
+
+  /** Reads one response. Undefined at `end` and after leaving, else why there has to be another. */
+  async #connect() {
+    const connection = (this.#connection = new AbortController());
+    let missed = 0, ticks, opened;
+    // Ticks are counted, not time: a tab that was suspended finds one when it wakes, and the bytes behind it.
+    const watch = () => {
+      clearInterval(ticks);
+      ticks = setInterval(() => {
+        if (this.#wake.room) missed = 0; // it is we who do not read
+        else if (++missed > 3) this.#drop(new ChatError("silent", "Nothing was heard from the server for too long."));
+      }, this.#heartbeatMs);
+    };
+    const io = (promise) =>
+      promise.catch((cause) => {
+        const dropped = connection.signal.aborted && connection.signal.reason;
+        throw new Interrupted(dropped || new ChatError("unreachable", "The connection was lost.", { cause }));
+      });
+    this.#to("connecting", {});
+    watch();
+    try {
+      const response = await io(this.#request(this.id ? "GET" : "POST", connection.signal));
+      if (response.status === 204) {
+        // At the end, and it never came here. A cursor beyond it is told `end` again.
+        this.#soon = !this.#beyond;
+        if (this.#soon) this.#seq += 1;
+        this.#beyond = true;
+        throw new Interrupted(new ChatError("broken", "The server has nothing more.", { status: 204 }));
+      }
+      if (!response.ok) await this.#refused(response, io);
+      if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+        throw new Interrupted(new ChatError("broken", "What came is no event stream.", { status: response.status }));
+      }
+      this.#heartbeatMs = 1000 * response.headers.get("Aisse-Heartbeat") || this.#heartbeatMs;
+      watch();
+      opened = this.#lastByte = now();
+      this.#learn(/([\w-]{22})$/.exec(response.headers.get("Content-Location"))?.[1]);
+      this.error = undefined;
+      this.#to("streaming", {});
+      const reader = response.body.getReader(), decoder = new TextDecoder();
+      const feed = createParser({
+        onEvent: (event) => this.#take(event),
+        onId: (id) => this.#learn(EVENT_ID.exec(id)?.[1]),
+        onRetry: (ms) => (this.#retryMs = ms),
+      });
+      while (!this.reason) {
+        const { done, value } = await io(reader.read());
+        if (done) throw new Interrupted(new ChatError("broken", "The answer broke off."));
+        missed = 0;
+        this.#lastByte = now();
+        feed(decoder.decode(value, { stream: true }));
+        while (this.#queue?.length >= QUEUED && !this.reason && !connection.signal.aborted) await this.#until("room");
+      }
+      reader.read().catch(() => {}); // the body's end, with which the connection can be used again
+      this.#connection = undefined;
+    } catch (error) {
+      if (!(error instanceof Interrupted)) throw error;
+      if (this.#left) return undefined;
+      if (this.#lastByte - opened > STEADY_MS) this.#attempt = 0;
+      return error.error;
+    } finally {
+      clearInterval(ticks);
+      clearTimeout(this.#moving);
+      this.#connection?.abort();
+      this.#connection = undefined;
+    }
+  }
+
+  async #request(method, signal) {
+    const { credentials, fetch: request = (...all) => fetch(...all) } = this.#options;
+    const headers = new Headers(this.#headers);
+    headers.set("Accept", "text/event-stream");
+    if (method === "POST") {
+      headers.set("Content-Type", "application/json");
+      headers.set("Idempotency-Key", this.#saved.key);
+      return request(this.#url, { method, headers, credentials, signal, body: this.#body });
+    }
+    const reading = method === "GET";
+    if (reading && this.#seq) headers.set("Last-Event-ID", `${this.id}.${this.#seq}`);
+    const url = `${this.#url}/${this.id}${reading ? "?compact=1" : ""}`;
+    return request(url, { method, headers, credentials, signal, cache: "no-store" });
+  }
+
+  async #refused(response, io) {
+    const { status } = response;
+    const text = await io(response.text());
+    let said;
+    try { said = JSON.parse(text).error; } catch { /* a proxy's page */ }
+    const message = said?.message ?? `The server answered ${status}.`;
+    const fields = { status, type: said?.type, retryAfter: retryAfter(response) };
+    if (status >= 500) throw new Interrupted(new ChatError("unavailable", message, fields));
+    if (!this.id || (status !== 404 && status !== 410)) throw new ChatError("refused", message, fields);
+    if (!this.#stopping) throw new ChatError("lost", "The server does not have this answer any more.", fields);
+    this.#leave(); // which is what was asked for
+    throw new Interrupted();
+  }
+
+  async #pause(failure) {
+    if (this.#stopping && !this.id) return this.#leave(); // there is nothing yet that could be stopped
+    const moving = this.#moveAt > 0;
+    if (moving) failure = new ChatError("moved", "The server shuts down; another one goes on.", { cause: failure });
+    let delayMs = Math.max(0, this.#moveAt - now());
+    this.#moveAt = 0;
+    this.error = failure;
+    if (this.#soon) delayMs = 0;
+    else {
+      this.#attempt += 1;
+      // What fails while the browser knows itself to be offline says nothing about the server.
+      if (this.#attempt > (this.#options.retries ?? 10) && globalThis.navigator?.onLine !== false) {
+        throw new ChatError("lost", `Gave up after ${this.#attempt - 1} attempts. ${failure.message}`, { cause: failure });
+      }
+      if (!moving) {
+        // Full jitter: many clients that were cut off together do not come back together.
+        const most = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** (this.#attempt - 1));
+        delayMs = Math.min(1000 * (failure.retryAfter ?? 0) + Math.random() * most, 2 ** 31 - 1);
+      }
+    }
+    this.#soon = false;
+    this.#to("reconnecting", { delayMs, attempt: this.#attempt, error: failure });
+    if (this.#left || this.#soon) return;
+    const timer = setTimeout(() => this.#wake.pause?.(), delayMs);
+    await this.#until("pause");
+    clearTimeout(timer);
+    this.#soon = false;
+  }
+
+  /** Ends the connection or the pause, whichever there is, and has the next attempt follow at once. */
+  #drop(error) {
+    this.#soon = !this.#over;
+    this.#connection?.abort(error);
+    this.#wake.pause?.();
+    this.#wake.room?.();
+  }
+
+  #leave(error) {
+    if (this.#over || this.#left) return;
+    this.#left = { error };
+    this.#drop(error);
+  }
+
+  async #delete() {
+    const response = await this.#request("DELETE").catch(() => undefined);
+    if (this.#over || response?.ok) {
+      if (this.state === "reconnecting") this.#drop(); // to hear `end`
+    } else if (response?.status < 500) this.#leave(new ChatError("refused", `Stopping was answered ${response.status}.`));
+    else setTimeout(() => this.#delete(), this.#retryMs);
+  }
+
+  /** Waits until `#wake[what]` is called. */
+  async #until(what) {
+    await new Promise((resolve) => (this.#wake[what] = resolve));
+    this.#wake[what] = undefined;
+  }
+
+  #to(state, detail) {
+    this.state = state;
+    this.#options.onState?.(state, detail);
+  }
+
+  // --- what comes ---
+
+  #learn(id) {
+    if (this.id || !id) return;
+    this.id = id;
+    this.#save();
+    if (this.#stopping) this.#delete();
+  }
+
+  #moveTo(cursor) {
+    this.cursor = cursor;
+    this.#seq = +cursor.split(".")[1];
+  }
+
+  #take({ type, data: text, id }) {
+    let data = text;
+    try { data = JSON.parse(text); } catch { /* not ours, and not JSON */ }
+    const kind = type === "message" ? data?.type : type; // some servers leave `event:` out
+    const event = { id, event: type, data, type: "other" };
+    if (kind === "reconnect") {
+      Object.assign(event, { type: kind, resume: data.resume });
+      if (data.resume && !this.#moveAt) {
+        this.#moveAt = now() + this.#retryMs;
+        // Until then events go on here; the server closes before, mostly.
+        this.#moving = setTimeout(() => this.#connection?.abort(), this.#retryMs);
+      }
+    } else {
+      const seq = +EVENT_ID.exec(id)?.[2];
+      if (seq <= this.#seq && kind !== "end") return;
+      this.#attempt = 0;
+      if (seq) this.#moveTo(id);
+      this.#read(kind, data, event);
+    }
+    if (event.type === "text") this.#options.onText?.(event.text);
+    if (event.type === "thinking") this.#options.onThinking?.(event.text);
+    this.#options.onEvent?.(event);
+    if (kind !== "reconnect") this.#save();
+    this.#queue?.push(event);
+    this.#wake.event?.();
+  }
+
+  #read(kind, data, event) {
+    const { index, delta, content_block: block } = data ?? {};
+    if (kind === "end") {
+      this.reason = data.reason;
+      this.usage = data.usage;
+      Object.assign(event, { type: kind, reason: data.reason, usage: data.usage });
+    } else if (kind === "error") {
+      Object.assign(event, { type: kind, error: data.error });
+      this.#said = data.error;
+    } else if (delta?.partial_json !== undefined) {
+      const tool = this.#blocks.get(index);
+      if (tool) tool.json += delta.partial_json;
+    } else if (kind === "content_block_stop" && this.#blocks.has(index)) {
+      const tool = this.#blocks.get(index);
+      this.#blocks.delete(index);
+      try { tool.input = JSON.parse(tool.json || "{}"); } catch { /* stays undefined */ }
+      Object.assign(event, { type: "tool", tool });
+    } else if (block?.type?.endsWith("tool_use")) {
+      const tool = { id: block.id, name: block.name, json: "" };
+      this.#blocks.set(index, tool);
+      this.tools.push(tool);
+    } else {
+      const { text, thinking } = delta ?? block ?? {};
+      if (text) Object.assign(event, { type: "text", text });
+      else if (thinking) Object.assign(event, { type: "thinking", text: thinking });
+      this.text += text ?? "";
+      this.thinking += thinking ?? "";
+    }
+  }
+  /** What `end` means for those who wait for a whole answer. */
+  #failure() {
+    if (this.reason === "complete" || this.reason === "stopped") return undefined;
+    const message = this.#said?.message ?? `The answer ended early: ${this.reason}.`;
+    return new ChatError("failed", message, { type: this.#said?.type });
+  }
+
+  // --- what a reload finds ---
+
+  #save() {
+    const { keep } = this.#options;
+    if (!keep) return;
+    const saved = this.id ? { id: this.id, cursor: this.cursor } : this.#saved;
+    try { sessionStorage.setItem(keep, JSON.stringify(saved)); } catch { /* full, or not allowed here */ }
+  }
+
+  #forget() {
+    try { if (this.#options.keep) sessionStorage.removeItem(this.#options.keep); } catch { /* not allowed here */ }
+  }
+}
+
+export function streamChat(body, options) {
+  // Not randomUUID(), which pages without TLS lack.
+  const random = crypto.getRandomValues(new Uint8Array(16));
+  return new Chat({ key: Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join(""), body }, options);
+}
+
+export function resumeChat(saved, options) {
+  return new Chat(typeof saved === "string" ? { id: saved } : saved, options);
+}
+
+export function savedChat(name) {
+  try {
+    const saved = JSON.parse(sessionStorage.getItem(name));
+    return saved.id || (saved.key && saved.body) ? saved : undefined;
+  } catch {
+    return undefined; // none, or not allowed here
+  }
+}
