@@ -70,7 +70,7 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     app[DRAIN] = drain
     app.add_routes(chat.routes(settings, registry, drain))
     app.add_routes(operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started))
-    app.add_routes(pages.routes())
+    app.add_routes(pages.routes(page=settings.page))
     for path in ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}", "/api/chat/{stream:[A-Za-z0-9_-]{22}}/stop"):
         app.router.add_route("OPTIONS", path, _preflight)
     app.on_response_prepare.append(_api_headers(settings.cors_origins))
@@ -293,7 +293,9 @@ def _api_headers(allowed: tuple[str, ...]) -> Callable[[web.Request, web.StreamR
         origin = request.headers.get(hdrs.ORIGIN)
         if origin in allowed:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Content-Location, Location, Retry-After"
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = (
+                "Content-Location, Location, Retry-After, Aisse-Heartbeat"
+            )
 
     return add
 

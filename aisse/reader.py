@@ -50,10 +50,12 @@ _BREAK_OFF_S = 1.0
 class StreamResponse(EventSourceResponse):
     """aiohttp-sse's response, without its ping task: nothing but a Reader may write here."""
 
-    def __init__(self, stream_id: str, stall_s: float) -> None:
-        super().__init__(allow_all_methods=True, send_timeout=stall_s + _PEER_GRACE_S)
+    def __init__(self, stream_id: str, settings: Settings) -> None:
+        super().__init__(allow_all_methods=True, send_timeout=settings.stall_s + _PEER_GRACE_S)
         self.headers[hdrs.CACHE_CONTROL] = "no-cache, no-transform"
         self.headers[hdrs.CONTENT_LOCATION] = f"/api/chat/{stream_id}"
+        # Without it a client cannot know how much silence is too much.
+        self.headers["Aisse-Heartbeat"] = f"{settings.heartbeat_s:g}"
 
     async def _ping(self) -> None:
         """Heartbeats are the registry's; this task ends at once."""
@@ -121,7 +123,7 @@ class Reader:
         stream.attach(self)
         try:
             await stream.answerable(self._settings.first_byte_commit_s)
-            response = StreamResponse(stream.id, self._settings.stall_s)
+            response = StreamResponse(stream.id, self._settings)
             try:
                 await self._serve(request, response)
             except ConnectionError:

@@ -73,6 +73,7 @@ class Settings(BaseModel):
     port: int = _field(3000, "TCP port; 0 takes a free one and prints it", ge=0, le=65535)
     open: bool = _field(False, "allow anybody to start streams on an address beyond loopback")
     access_tokens: Secrets = _field((), "bearer tokens that may start streams, comma-separated; none: open to all")
+    page: bool = _field(True, "serve the chat page at /; without it only its client, /aisse.js")
     cors_origins: Names = _field((), "exact origins of other sites whose pages may call, e.g. https://app.example")
 
     upstream: str = _field(

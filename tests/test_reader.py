@@ -237,7 +237,7 @@ async def test_write_without_drain_never_suspends_even_where_the_socket_is_full(
 
 async def test_ping_task_of_aiohttp_sse_writes_nothing() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        response = StreamResponse(STREAM_ID, 30) if "ours" in request.query else EventSourceResponse()
+        response = StreamResponse(STREAM_ID, Settings()) if "ours" in request.query else EventSourceResponse()
         response._ping_interval = 0.001
         await response.prepare(request)
         assert response._ping_task is not None

@@ -103,7 +103,7 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         stream_id = request.match_info["stream"]
         await turn_away(
             request,
-            StreamResponse(stream_id, settings.stall_s),
+            StreamResponse(stream_id, settings),
             f"{stream_id}.{seq}" if seq is not None else None,
             drain.reconnect(resume=True),
         )

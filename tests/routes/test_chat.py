@@ -598,7 +598,7 @@ def test_body_with_a_hundred_thousand_errors_costs_no_more_than_one(
 
 # --- pages of other sites -------------------------------------------------------------------------------------
 
-EXPOSED = {"Content-Location", "Location", "Retry-After"}
+EXPOSED = {"Content-Location", "Location", "Retry-After", "Aisse-Heartbeat"}
 
 
 def listed(answer: Answer, name: str) -> set[str]:
@@ -818,6 +818,7 @@ async def test_answer_names_its_stream_and_asks_not_to_be_buffered(server: Serve
     assert headers["Content-Type"] == "text/event-stream"
     assert {part.strip() for part in headers["Cache-Control"].split(",")} == {"no-cache", "no-transform"}
     assert headers["X-Accel-Buffering"] == "no"
+    assert headers["Aisse-Heartbeat"] == "15"
     assert "Content-Length" not in headers
     assert "Content-Encoding" not in headers
     assert answer.body.startswith(b"retry: 2000\nid: %b.0\n" % found[1].encode())

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urljoin
 
 import pytest
 from aiohttp import web
@@ -16,14 +19,28 @@ if TYPE_CHECKING:
 
     Client = TestClient[web.Request, web.Application]
 
-FILES = {"/": "text/html", "/chat.js": "text/javascript", "/style.css": "text/css"}
+WEB = Path(pages.__file__).parents[1] / "web"
+CLIENT = {"/aisse.js": "text/javascript", "/aisse.d.ts": "text/plain"}
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript"}
+PAGE = {
+    f"/{file.relative_to(WEB)}".removesuffix("index.html"): KINDS[file.suffix]
+    for file in sorted(WEB.rglob("*"))
+    if file.suffix in KINDS and file.name != "aisse.js"
+}
+FILES = PAGE | CLIENT
+
+
+@contextlib.asynccontextmanager
+async def serving_files(*, page: bool) -> AsyncIterator[Client]:
+    app = web.Application()
+    app.add_routes(pages.routes(page=page))
+    async with TestClient(TestServer(app)) as client:
+        yield client
 
 
 @pytest.fixture
 async def site() -> AsyncIterator[Client]:
-    app = web.Application()
-    app.add_routes(pages.routes())
-    async with TestClient(TestServer(app)) as client:
+    async with serving_files(page=True) as client:
         yield client
 
 
@@ -41,6 +58,8 @@ def assert_guarded(response: ClientResponse) -> None:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
     }
 
 
@@ -81,7 +100,31 @@ async def test_other_version_is_sent_whole(site: Client, known: str) -> None:
     assert await response.text()
 
 
-@pytest.mark.parametrize("path", ["/index.html", "/web/chat.js", "/../pages.py", "/%2e%2e/app.py", "/chat.js/"])
+async def test_client_alone_is_served_without_the_page() -> None:
+    async with serving_files(page=False) as site:
+        assert {path for path in FILES if (await site.get(path)).status == 200} == set(CLIENT)
+        assert (await site.get("/")).status == 404
+
+
+async def test_client_may_be_loaded_by_any_origin_and_the_page_by_none(site: Client) -> None:
+    allowed = {path: (await site.get(path)).headers.get("Access-Control-Allow-Origin") for path in FILES}
+    assert {path for path, origin in allowed.items() if origin == "*"} == set(CLIENT)
+    assert {allowed[path] for path in PAGE} == {None}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/index.html",
+        "/package.json",
+        "/vendor/",
+        "/vendor/markdown-it.LICENSE",
+        "/web/chat.js",
+        "/../pages.py",
+        "/%2e%2e/app.py",
+        "/chat.js/",
+    ],
+)
 async def test_path_beside_the_files_is_not_found(site: Client, path: str) -> None:
     assert (await site.get(path)).status == 404
 
@@ -92,14 +135,23 @@ async def test_method_that_writes_is_refused(site: Client) -> None:
     assert set(response.headers["Allow"].split(",")) == {"GET", "HEAD"}
 
 
-async def test_page_loads_only_what_is_served_and_has_nothing_inline(site: Client) -> None:
+async def test_page_loads_all_that_is_served_and_has_nothing_inline(site: Client) -> None:
     """What the policy would block must not be there: the page would break in silence."""
     page = await (await site.get("/")).text()
     loaded = set(re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page))
-    assert loaded == set(FILES) - {"/"}
+    for script in [path for path, kind in FILES.items() if kind == "text/javascript"]:
+        source = await (await site.get(script)).text()
+        loaded |= {
+            urljoin(script, module) for module in re.findall(r'^import .* from "([^"]+)";', source, re.MULTILINE)
+        }
+    assert loaded == set(FILES) - {"/", "/aisse.d.ts"}
     assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son[a-z]+=", page)
 
 
-async def test_script_never_makes_markup_of_text(site: Client) -> None:
-    script = await (await site.get("/chat.js")).text()
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\.style\b|setHTML", script)
+OWN_SCRIPTS = [path for path, kind in FILES.items() if kind == "text/javascript" and "/vendor/" not in path]
+
+
+@pytest.mark.parametrize("path", OWN_SCRIPTS)
+async def test_script_never_makes_markup_of_text(site: Client, path: str) -> None:
+    script = await (await site.get(path)).text()
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|setHTML", script)
