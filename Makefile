@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup run run-local test test-local soak rolling check format bench clean
+.PHONY: help setup run run-local test test-local soak rolling screenshots check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -41,6 +41,9 @@ bench: setup ## measure aisse beside the naive relay and its twin in Node; about
 
 rolling: setup ## restart three instances behind nginx under load, and print what clients saw (ARGS="--rounds 5")
 	$(BIN)/python tests/e2e/rolling.py $(ARGS)
+
+screenshots: setup ## take pictures of the page in Chromium, into screenshots/
+	$(BIN)/python tests/e2e/screenshots.py $(ARGS)
 
 soak: setup ## run at full size what `test` runs shortened: every cut, 1,000 streams, 50 drains; about an hour
 	TESTS_SOAK=1 $(BIN)/python -m pytest -s -m 'not local' $(ARGS)
