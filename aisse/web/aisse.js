@@ -1,4 +1,4 @@
-/** The browser's side of aisse. What is exported is described in aisse.d.ts. */
+/** aisse.d.ts describes what is exported. */
 
 const END_OF_LINE = /\r\n|\r|\n/;
 const EVENT_ID = /^([\w-]{22})\.(\d{1,16})$/;
@@ -14,7 +14,7 @@ export class ChatError extends Error {
   }
 }
 
-/** Thrown where a response is over before its `end`, to tell it from what a callback throws. */
+/** Thrown where a response is over before `end`; what callbacks throw is not. */
 class Interrupted {
   constructor(error) {
     this.error = error;
@@ -56,7 +56,7 @@ export function createParser({ onEvent, onId, onRetry }, maxLength = 1 << 24) {
   };
 }
 
-/** Seconds in a Retry-After, which is a number or a date (RFC 9110, section 10.2.3). */
+/** In seconds; it may be a date (RFC 9110, section 10.2.3). */
 function retryAfter(response) {
   const value = response.headers.get("Retry-After");
   if (!value) return undefined;
@@ -95,11 +95,11 @@ class Chat {
   #over = false;
   #said; // the `error` event's
   #left; // {error}, once the page has left
-  #wake = {}; // resolves what is waited for: the end of a `pause`, `room` in the queue, an `event`
+  #wake = {}; // resolvers of what is waited for: the `pause`'s end, `room` in the queue, an `event`
 
   constructor(saved, options = {}) {
     const { id = "", key, body } = saved;
-    if (!id && !(key && body)) throw new TypeError("there is neither an id to resume nor a question to ask");
+    if (!id && !(key && body)) throw new TypeError("neither an id nor a question");
     this.#options = options;
     this.#url = (options.url ?? "/api/chat").replace(/\/+$/, "");
     new URL(this.#url, globalThis.location?.href); // throws: a wrong one is no network that is down
@@ -140,6 +140,7 @@ class Chat {
   async stop() {
     if (!this.#stopping && !this.#over) {
       this.#stopping = true;
+      this.#wake.room?.(); // who waits for this inside the loop takes no events
       if (this.id) this.#delete();
       else if (this.state === "reconnecting") this.#leave();
     }
@@ -154,17 +155,18 @@ class Chat {
     this.#drop(new ChatError("moved", "A new connection was asked for."));
   }
 
-  // --- one response after the other ---
-
   async #run() {
     const { signal } = this.#options;
     const online = () => {
       this.#attempt = 0;
-      // An open connection, too: it is the one from before, which may never say that it is dead.
+      // An open connection, too: it is from before, and may never say that it is dead.
       this.#drop(new ChatError("unreachable", "The network had gone."));
     };
+    // Timers are slowed down where nobody looks: a pause may have lasted far too long.
+    const shown = () => document.hidden || this.#wake.pause?.();
     const abort = () => this.#leave(signal.reason);
     globalThis.addEventListener?.("online", online);
+    globalThis.document?.addEventListener("visibilitychange", shown);
     signal?.addEventListener("abort", abort);
     if (signal?.aborted) abort();
     let error;
@@ -180,16 +182,17 @@ class Chat {
     this.#over = true;
     this.error = error instanceof ChatError ? error : undefined;
     globalThis.removeEventListener?.("online", online);
+    globalThis.document?.removeEventListener("visibilitychange", shown);
     signal?.removeEventListener("abort", abort);
     this.#wake.event?.();
-    // What can still be read stays: an answer that was left, or lost for want of a connection.
+    // Kept is what can still be read: what was left, or lost for want of a connection.
     if (this.reason || error?.status < 500 || this.#stopping) this.#forget();
     const kind = this.error?.kind;
     this.#to(this.reason ? "ended" : kind === "refused" || kind === "lost" ? kind : "detached", { error: this.error });
     if (error) throw error;
   }
 
-  /** Reads one response. Undefined at `end` and after leaving, else why there has to be another. */
+  /** Reads one response; returns why there has to be another, if there has. */
   async #connect() {
     const connection = (this.#connection = new AbortController());
     let missed = 0, ticks, opened;
@@ -198,39 +201,39 @@ class Chat {
       clearInterval(ticks);
       ticks = setInterval(() => {
         if (this.#wake.room) missed = 0; // it is we who do not read
-        else if (++missed > 3) this.#drop(new ChatError("silent", "Nothing was heard from the server for too long."));
+        else if (++missed > 3) connection.abort(new ChatError("silent", "The server fell silent."));
       }, this.#heartbeatMs);
     };
     const io = (promise) =>
       promise.catch((cause) => {
-        const dropped = connection.signal.aborted && connection.signal.reason;
-        throw new Interrupted(dropped || new ChatError("unreachable", "The connection was lost.", { cause }));
+        const { aborted, reason } = connection.signal;
+        throw new Interrupted(aborted ? reason : new ChatError("unreachable", `The ${opened ? "connection was lost" : "server cannot be reached"}.`, { cause }));
       });
-    this.#to("connecting", {});
+    this.#to("connecting");
     watch();
     try {
       const response = await io(this.#request(this.id ? "GET" : "POST", connection.signal));
       if (response.status === 204) {
-        // At the end, and it never came here. A cursor beyond it is told `end` again.
+        // We stand at an end that we never saw. A cursor beyond it is told `end` again.
         this.#soon = !this.#beyond;
         if (this.#soon) this.#seq += 1;
         this.#beyond = true;
-        throw new Interrupted(new ChatError("broken", "The server has nothing more.", { status: 204 }));
+        throw new Interrupted(new ChatError("broken", "There is nothing more."));
       }
       if (!response.ok) await this.#refused(response, io);
       if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
-        throw new Interrupted(new ChatError("broken", "What came is no event stream.", { status: response.status }));
+        throw new Interrupted(new ChatError("broken", "What came is no event stream."));
       }
       this.#heartbeatMs = 1000 * response.headers.get("Aisse-Heartbeat") || this.#heartbeatMs;
       watch();
       opened = this.#lastByte = now();
       this.#learn(/([\w-]{22})$/.exec(response.headers.get("Content-Location"))?.[1]);
       this.error = undefined;
-      this.#to("streaming", {});
+      this.#to("streaming");
       const reader = response.body.getReader(), decoder = new TextDecoder();
       const feed = createParser({
         onEvent: (event) => this.#take(event),
-        onId: (id) => this.#learn(EVENT_ID.exec(id)?.[1]),
+        onId: (id) => this.id || this.#learn(EVENT_ID.exec(id)?.[1]),
         onRetry: (ms) => (this.#retryMs = ms),
       });
       while (!this.reason) {
@@ -239,9 +242,11 @@ class Chat {
         missed = 0;
         this.#lastByte = now();
         feed(decoder.decode(value, { stream: true }));
-        while (this.#queue?.length >= QUEUED && !this.reason && !connection.signal.aborted) await this.#until("room");
+        while (this.#queue?.length >= QUEUED && !this.reason && !this.#stopping && !connection.signal.aborted) {
+          await this.#until("room");
+        }
       }
-      reader.read().catch(() => {}); // the body's end, with which the connection can be used again
+      reader.read().catch(() => {}); // the body's end, for the connection to be used again
       this.#connection = undefined;
     } catch (error) {
       if (!(error instanceof Interrupted)) throw error;
@@ -280,27 +285,27 @@ class Chat {
     const fields = { status, type: said?.type, retryAfter: retryAfter(response) };
     if (status >= 500) throw new Interrupted(new ChatError("unavailable", message, fields));
     if (!this.id || (status !== 404 && status !== 410)) throw new ChatError("refused", message, fields);
-    if (!this.#stopping) throw new ChatError("lost", "The server does not have this answer any more.", fields);
-    this.#leave(); // which is what was asked for
+    if (!this.#stopping) throw new ChatError("lost", "The server no longer has this answer.", fields);
+    this.#leave();
     throw new Interrupted();
   }
 
   async #pause(failure) {
-    if (this.#stopping && !this.id) return this.#leave(); // there is nothing yet that could be stopped
+    if (this.#stopping && !this.id) return this.#leave();
     const moving = this.#moveAt > 0;
-    if (moving) failure = new ChatError("moved", "The server shuts down; another one goes on.", { cause: failure });
+    if (moving) failure = new ChatError("moved", "The server shuts down.", { cause: failure });
     let delayMs = Math.max(0, this.#moveAt - now());
     this.#moveAt = 0;
     this.error = failure;
     if (this.#soon) delayMs = 0;
     else {
       this.#attempt += 1;
-      // What fails while the browser knows itself to be offline says nothing about the server.
+      // What fails offline says nothing about the server.
       if (this.#attempt > (this.#options.retries ?? 10) && globalThis.navigator?.onLine !== false) {
         throw new ChatError("lost", `Gave up after ${this.#attempt - 1} attempts. ${failure.message}`, { cause: failure });
       }
       if (!moving) {
-        // Full jitter: many clients that were cut off together do not come back together.
+        // Full jitter: those who were cut off together do not come back together.
         const most = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** (this.#attempt - 1));
         delayMs = Math.min(1000 * (failure.retryAfter ?? 0) + Math.random() * most, 2 ** 31 - 1);
       }
@@ -314,7 +319,7 @@ class Chat {
     this.#soon = false;
   }
 
-  /** Ends the connection or the pause, whichever there is, and has the next attempt follow at once. */
+  /** Ends the connection or the pause; the next attempt follows at once. */
   #drop(error) {
     this.#soon = !this.#over;
     this.#connection?.abort(error);
@@ -329,25 +334,23 @@ class Chat {
   }
 
   async #delete() {
-    const response = await this.#request("DELETE").catch(() => undefined);
-    if (this.#over || response?.ok) {
-      if (this.state === "reconnecting") this.#drop(); // to hear `end`
-    } else if (response?.status < 500) this.#leave(new ChatError("refused", `Stopping was answered ${response.status}.`));
-    else setTimeout(() => this.#delete(), this.#retryMs);
+    const { status } = await this.#request("DELETE", AbortSignal.timeout(this.#heartbeatMs)).catch(() => ({ status: 503 }));
+    if (this.#over) return;
+    if (status >= 500) setTimeout(() => this.#delete(), this.#retryMs);
+    else if (status === 404) this.#leave(); // it is over, and forgotten
+    else if (status >= 400) this.#leave(new ChatError("refused", `Stopping was answered ${status}.`, { status }));
+    else this.#wake.pause?.(); // to hear `end`
   }
 
-  /** Waits until `#wake[what]` is called. */
   async #until(what) {
     await new Promise((resolve) => (this.#wake[what] = resolve));
     this.#wake[what] = undefined;
   }
 
-  #to(state, detail) {
+  #to(state, detail = {}) {
     this.state = state;
     this.#options.onState?.(state, detail);
   }
-
-  // --- what comes ---
 
   #learn(id) {
     if (this.id || !id) return;
@@ -363,14 +366,13 @@ class Chat {
 
   #take({ type, data: text, id }) {
     let data = text;
-    try { data = JSON.parse(text); } catch { /* not ours, and not JSON */ }
+    try { data = JSON.parse(text); } catch { /* it stays text */ }
     const kind = type === "message" ? data?.type : type; // some servers leave `event:` out
     const event = { id, event: type, data, type: "other" };
     if (kind === "reconnect") {
       Object.assign(event, { type: kind, resume: data.resume });
       if (data.resume && !this.#moveAt) {
         this.#moveAt = now() + this.#retryMs;
-        // Until then events go on here; the server closes before, mostly.
         this.#moving = setTimeout(() => this.#connection?.abort(), this.#retryMs);
       }
     } else {
@@ -417,24 +419,21 @@ class Chat {
       this.thinking += thinking ?? "";
     }
   }
-  /** What `end` means for those who wait for a whole answer. */
   #failure() {
     if (this.reason === "complete" || this.reason === "stopped") return undefined;
     const message = this.#said?.message ?? `The answer ended early: ${this.reason}.`;
     return new ChatError("failed", message, { type: this.#said?.type });
   }
 
-  // --- what a reload finds ---
-
   #save() {
     const { keep } = this.#options;
     if (!keep) return;
     const saved = this.id ? { id: this.id, cursor: this.cursor } : this.#saved;
-    try { sessionStorage.setItem(keep, JSON.stringify(saved)); } catch { /* full, or not allowed here */ }
+    try { sessionStorage.setItem(keep, JSON.stringify(saved)); } catch { /* full, or not allowed */ }
   }
 
   #forget() {
-    try { if (this.#options.keep) sessionStorage.removeItem(this.#options.keep); } catch { /* not allowed here */ }
+    try { if (this.#options.keep) sessionStorage.removeItem(this.#options.keep); } catch { /* not allowed */ }
   }
 }
 
@@ -453,6 +452,6 @@ export function savedChat(name) {
     const saved = JSON.parse(sessionStorage.getItem(name));
     return saved.id || (saved.key && saved.body) ? saved : undefined;
   } catch {
-    return undefined; // none, or not allowed here
+    return undefined; // none, or not allowed
   }
 }
