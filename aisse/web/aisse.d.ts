@@ -18,7 +18,7 @@ export type ChatState = "connecting" | "streaming" | "reconnecting" | "ended" | 
 export interface StateDetail {
   /** `reconnecting`: milliseconds until the next attempt. */
   delayMs?: number;
-  /** Attempts in a row that brought nothing new, this one included; 0 where the server asked us to come back. */
+  /** Attempts in a row that brought nothing new, this one included; it counts against `retries`. */
   attempt?: number;
   /** Why: what failed. In the states `refused` and `lost`, and in `ended` unless it went well, what is thrown. */
   error?: ChatError;
@@ -152,8 +152,8 @@ export function savedChat(name: string): SavedChat | undefined;
 export interface ServerEvent { type: string; data: string; id: string }
 
 /**
- * An incremental parser for the text of an event stream (WHATWG HTML, section 9.2.6): call what it returns with each
- * piece of decoded text. Throws a RangeError for an event beyond `maxLength` characters, 16 Mi.
+ * An incremental parser for the decoded text of an event stream (WHATWG HTML, section 9.2.6): call what it returns with each
+ * piece, decoded by one TextDecoder, which drops a byte order mark. Throws a RangeError for an event beyond `maxLength` characters, 16 Mi.
  */
 export function createParser(handlers: {
   onEvent(event: ServerEvent): void;

@@ -15,7 +15,7 @@ async def test_rolling_restart_loses_no_answer_that_fits_into_the_drain() -> Non
     if binary is None:
         assert "nginx" not in os.environ.get("TESTS_REQUIRE", "").split(",")
         pytest.skip("nginx is not there")
-    seen = await roll(binary, streams=30, rounds=1, drain_s=5)
+    seen = await roll(binary, streams=30, rounds=1, drain_s=4)
     assert seen.flawless, seen.table()
     # It was a restart under load, and some answers could not end in time.
     assert seen.told > 0
