@@ -36,10 +36,14 @@ export function createParser({ onEvent, onId, onRetry }, maxLength = 1 << 24) {
     const [, name, value = ""] = /^([^:]*)(?:: ?([^]*))?$/.exec(line);
     if (name === "data") {
       data.push(value);
-      size += value.length;
+      size += value.length + 1;
     } else if (name === "event") type = value;
     else if (name === "id" && !value.includes("\0")) onId?.((id = value));
     else if (name === "retry" && /^\d+$/.test(value)) onRetry?.(+value);
+  };
+  const grow = (text) => {
+    line += text;
+    if (size + line.length > maxLength) throw new RangeError(`an event is longer than ${maxLength} characters`);
   };
   return (text) => {
     if (text === "") return;
@@ -47,12 +51,11 @@ export function createParser({ onEvent, onId, onRetry }, maxLength = 1 << 24) {
     skipLF = text.endsWith("\r"); // it ended its line; an LF that follows is its second half
     const rest = lines.pop();
     for (const end of lines) {
-      line += end;
+      grow(end);
       take();
       line = "";
     }
-    line += rest;
-    if (size + line.length > maxLength) throw new RangeError(`an event is longer than ${maxLength} characters`);
+    grow(rest);
   };
 }
 
