@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 
 PHASES = ("waiting to connect", "waiting for the first byte", "mid-event", "write-blocked", "during an error")
-CYCLES = 1000 if SOAK else 400  # in each phase
+CYCLES = 1000 if SOAK else 150  # in each phase
 AT_ONCE = 25
 CLOSED_WITHIN_S = 0.25
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 
 STREAMS = 1000 if SOAK else 120
-ROUNDS = 50 if SOAK else 2
+ROUNDS = 50 if SOAK else 1
 DRAIN_S = 6.0
 SPREAD_S = 5.0
 
