@@ -1,125 +1,246 @@
+/** The page: which conversation is shown, and what keys and buttons do. */
+import { savedChat } from "./aisse.js";
+import { Conversation } from "./conversation.js";
+import { prepareDrawer, setUpstream, takeFault } from "./drawer.js";
+import { EXAMPLES } from "./examples.js";
+import { answerOf, conversations, current, setCurrent } from "./history.js";
+import * as strip from "./strip.js";
+
 const $ = (id) => document.getElementById(id);
-const turns = []; // the conversation, as the API wants it
-let answering = null; // while an answer arrives: what it takes to stop it
+const view = document.querySelector("main");
+const narrow = matchMedia("(max-width: 60rem)");
+const touch = matchMedia("(pointer: coarse)");
+const READ_ALOUD_CHARS = 400;
+const END_PX = 60;
 
-/** Takes decoded text piece by piece and calls `take` with each event's data, where it is JSON (WHATWG HTML, 9.2.6). */
-function parser(take) {
-  const dispatch = (text) => {
-    let event = null;
-    try { event = JSON.parse(text); } catch { /* an upstream's, and not for us */ }
-    if (event) take(event);
-  };
-  let rest = "", data = [], endedInCR = false;
-  return (text) => {
-    if (text === "") return;
-    if (endedInCR && text[0] === "\n") text = text.slice(1); // the second half of a CRLF
-    endedInCR = text.endsWith("\r");
-    const lines = (rest + text).split(/\r\n|\n|\r/);
-    rest = lines.pop();
-    for (const line of lines) {
-      if (line === "" && data.length) dispatch(data.splice(0).join("\n"));
-      else if (/^data(:|$)/.test(line)) data.push(line.slice(5).replace(/^ /, ""));
-    }
-  };
+const page = {
+  changed(answer, over = false) {
+    if (over) finished(answer);
+    if (answer !== shown.last) return listConversations();
+    refresh();
+    strip.changed();
+  },
+  arrived(answer, event) {
+    if (answer === shown.last) strip.count(event);
+  },
+  refused(answer) {
+    const conversation = [...visited.values()].find(({ last }) => last === answer);
+    conversation.drop();
+    $("prompt").value ||= answer.asked;
+    $("access").hidden = false;
+    announce("This server asks for an access token");
+    refresh();
+    $("token").focus();
+  },
+  announce,
+};
+
+const visited = new Map(); // conversations that were on show since the page was loaded, by id
+let shown;
+let upstream;
+let following = true; // the person is at the end of the conversation, and wants to stay there
+let lastTop = 0;
+let listed = ""; // what the list of conversations shows
+
+// --- what is on show ------------------------------------------------------------------------------------------------
+
+function show(conversation) {
+  shown = conversation;
+  visited.set(shown.id, shown);
+  setCurrent(shown.id);
+  $("log").replaceChildren(shown.element);
+  toEnd();
+  refresh();
 }
 
-/** Changes the page, and keeps its end in view for a reader who was there. */
-function show(change) {
-  const view = document.querySelector("main");
-  const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
-  change();
-  if (atEnd) view.scrollTop = view.scrollHeight;
+/** Brings all but the answers up to date. */
+function refresh() {
+  const { busy, last } = shown;
+  const state = last?.chat?.state;
+  strip.follow(last?.chat && last);
+  $("empty").hidden = Boolean(last);
+  $("send").textContent = busy ? "Stop" : "Send";
+  $("send").className = busy ? "stop" : "";
+  const doing = !busy ? "" : state === "reconnecting" ? "Reconnecting … " : "Answering … ";
+  document.title = `${doing}${shown.title || "aisse"}`;
+  listConversations();
 }
 
-/** The message of a response that is no stream. */
-async function refusal(response) {
-  const body = await response.json().catch(() => null);
-  const retry = response.headers.get("Retry-After");
-  if (response.status === 401) show(() => ($("access").hidden = false));
-  return (body?.error?.message ?? `The server answered ${response.status}`) + (retry ? ` (try again in ${retry} s)` : "");
+function listConversations() {
+  const items = conversations().map(({ id, title }) => [id, title, id === shown.id, visited.get(id)?.busy]);
+  if (listed === (listed = JSON.stringify(items))) return;
+  const focused = document.activeElement?.dataset.id;
+  $("history").querySelector("ul").replaceChildren(...items.map(([id, title, isShown, busy]) => {
+    const item = document.createElement("li");
+    const button = item.appendChild(document.createElement("button"));
+    button.type = "button";
+    button.dir = "auto";
+    button.dataset.id = id;
+    button.textContent = title;
+    if (isShown) button.ariaCurrent = "true";
+    if (busy) button.className = "busy";
+    if (id === focused) setTimeout(() => button.focus());
+    return item;
+  }));
 }
 
-async function ask(content) {
-  const question = $("log").appendChild(document.createElement("p"));
-  const answer = $("log").appendChild($("answer").content.firstElementChild.cloneNode(true));
-  const [thoughts, text, problem] = answer.querySelectorAll("p");
-  const abort = new AbortController();
-  let ended = false;
-  const take = ({ type, delta, error, reason, usage }) => show(() => {
-    if (type === "content_block_delta" && delta?.thinking) {
-      thoughts.parentElement.hidden = false;
-      thoughts.append(delta.thinking);
-    } else if (type === "content_block_delta" && delta?.text) {
-      if (!text.firstChild) thoughts.parentElement.open = false;
-      text.append(delta.text);
-    } else if (type === "error") problem.append(error.message);
-    else if (type === "end") {
-      ended = true;
-      $("status").textContent =
-        `${reason.replaceAll("_", " ")} · ${usage?.input_tokens ?? "?"} tokens in, ${usage?.output_tokens ?? "?"} out`;
-    }
-  });
-
-  answering = { abort, url: null };
-  turns.push({ role: "user", content });
-  question.textContent = content;
-  question.scrollIntoView();
-  answer.ariaBusy = "true"; // screen readers wait for the whole
-  $("hint").hidden = true;
-  $("send").textContent = "Stop";
-  $("status").textContent = "waiting …";
-  try {
-    const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
-    if ($("token").value) headers.Authorization = `Bearer ${$("token").value}`;
-    const body = JSON.stringify({ messages: turns });
-    const response = await fetch("/api/chat", { method: "POST", headers, body, signal: abort.signal });
-    if (!response.ok) throw new Error(await refusal(response));
-    answering.url = response.headers.get("Content-Location");
-    $("access").hidden = true;
-    $("status").textContent = "answering …";
-    const feed = parser(take), decoder = new TextDecoder(), reader = response.body.getReader();
-    for (let part; !(part = await reader.read()).done; ) feed(decoder.decode(part.value, { stream: true }));
-    if (!ended) throw new Error("The answer broke off.");
-  } catch (error) {
-    const stopped = abort.signal.aborted;
-    $("status").textContent = stopped ? "stopped" : "";
-    if (!stopped) show(() => problem.append(error instanceof TypeError ? "The connection was lost." : error.message));
-  }
-  abort.abort(); // also where reading failed
-  answer.normalize(); // one text node again, of thousands
-  answer.ariaBusy = "false";
-  answering = null;
-  $("send").textContent = "Send";
-  if (text.textContent.trim()) turns.push({ role: "assistant", content: text.textContent });
-  else {
-    turns.pop(); // unanswered: it can be sent again
-    $("prompt").value ||= content;
-  }
-  if (!$("access").hidden) $("token").focus();
+function announce(words) {
+  $("live").textContent = words;
 }
 
-/** Ends the generation at the server, which then says `end`; where that fails, we leave. */
-async function stop({ abort, url }) {
-  const stopped = url && (await fetch(url, { method: "DELETE" }).catch(() => null));
-  if (!stopped?.ok) abort.abort();
+/** Tells what cannot be seen: the words themselves where they are few. */
+function finished(answer) {
+  const problem = answer.element.querySelector(".problem").textContent;
+  const end = problem || (answer.stopping ? "Stopped." : "Answer complete.");
+  announce(answer.text.length > READ_ALOUD_CHARS ? `${end} ${answer.words} words.` : `${end} ${answer.text}`);
+  for (const conversation of visited.values()) if (conversation.last === answer) conversation.store();
+}
+
+// --- asking ---------------------------------------------------------------------------------------------------------
+
+function ask(question, script) {
+  const fault = takeFault();
+  shown.ask(question, { script: [script, fault.script].filter(Boolean).join(" "), label: fault.label });
+  announce("Answering");
+  toEnd();
+  refresh();
+}
+
+function toPrompt() {
+  if (!touch.matches) $("prompt").focus({ preventScroll: true }); // there the keyboard would cover the answer
 }
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (answering) return stop(answering);
-  const content = $("prompt").value.trim();
+  toPrompt();
+  if (shown.busy) return shown.last.stop();
+  const question = $("prompt").value.trim();
+  if (!question) return;
   $("prompt").value = "";
-  if (content) ask(content);
+  $("access").hidden = true;
+  ask(question);
 });
+
+$("log").addEventListener("click", ({ target }) => {
+  if (!target.matches(".again") || shown.busy) return;
+  const { asked } = shown.last;
+  shown.drop();
+  toPrompt();
+  ask(asked);
+});
+
+$("examples").append(...EXAMPLES.map(({ question, script }) => {
+  const item = document.createElement("li");
+  const button = item.appendChild(document.createElement("button"));
+  button.type = "button";
+  button.textContent = question;
+  button.addEventListener("click", () => {
+    toPrompt();
+    ask(question, upstream === "simulator" ? script : "");
+  });
+  return item;
+}));
+
+// --- panels and keys ------------------------------------------------------------------------------------------------
+
+const panels = { history: $("history-toggle"), drawer: $("drawer-toggle") };
+
+function toggle(name, opened = panels[name].ariaExpanded !== "true") {
+  panels[name].ariaExpanded = String(opened);
+  $(name).classList.toggle("open", opened);
+  if (name === "drawer") $(name).hidden = !opened;
+  if (opened) $(name).querySelector("button")?.focus();
+}
+
+/** Closes the panel that `name` names, if it is open, and gives the focus back. */
+function close(name) {
+  if (panels[name].ariaExpanded !== "true") return false;
+  const inside = $(name).contains(document.activeElement);
+  toggle(name, false);
+  if (inside) panels[name].focus();
+  return true;
+}
+
+for (const name of Object.keys(panels)) {
+  panels[name].addEventListener("click", () => toggle(name));
+  // A panel that covers the page goes when the person goes on elsewhere.
+  $(name).addEventListener("focusout", ({ relatedTarget: to }) => {
+    if (narrow.matches && to && !$(name).contains(to) && to !== panels[name]) close(name);
+  });
+}
+$("drawer-close").addEventListener("click", () => close("drawer"));
+$("new").addEventListener("click", () => {
+  if (shown.last) show(new Conversation(page));
+  $("prompt").focus();
+});
+$("history").addEventListener("click", ({ target }) => {
+  const { id } = target.dataset;
+  if (!id) return;
+  close("history");
+  show(visited.get(id) ?? new Conversation(page, id));
+  toPrompt();
+});
+
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && answering) stop(answering);
-  if (event.target !== $("prompt") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  if (!answering) $("composer").requestSubmit();
+  if (event.isComposing) return;
+  if (event.key === "Escape") {
+    const writing = document.activeElement === $("prompt");
+    if (!(shown.busy && writing) && (close("history") || close("drawer"))) return;
+    if (shown.busy) shown.last.stop();
+  } else if (event.target === $("prompt") && event.key === "Enter" && !event.shiftKey) {
+    event.preventDefault();
+    if (!shown.busy) $("composer").requestSubmit();
+  }
+});
+
+// --- the end of the conversation ------------------------------------------------------------------------------------
+
+function toEnd() {
+  following = true;
+  view.scrollTop = view.scrollHeight;
+}
+
+view.addEventListener("scroll", () => {
+  const top = view.scrollTop;
+  const atEnd = view.scrollHeight - top - view.clientHeight < END_PX;
+  // What grows below is no reason to stay behind; going up is.
+  if (atEnd) following = true;
+  else if (top < lastTop) following = false;
+  lastTop = top;
+  $("to-end").hidden = following;
+}, { passive: true });
+
+// Called once the frame is laid out: asking for the height costs nothing here.
+const grown = new ResizeObserver(() => {
+  if (following) view.scrollTop = view.scrollHeight;
+});
+grown.observe($("log"));
+grown.observe(view);
+$("to-end").addEventListener("click", () => {
+  toEnd();
+  $("to-end").hidden = true;
+  toPrompt();
+});
+
+// --- beginning and end of the page ----------------------------------------------------------------------------------
+
+window.addEventListener("pagehide", () => {
+  for (const conversation of visited.values()) if (conversation.busy) conversation.store();
 });
 
 const named = { simulator: "the built-in simulator: scripted text, no model", local: "a small model on this machine" };
 fetch("/health")
   .then((response) => response.json())
-  .then(({ upstream }) => ($("upstream").textContent = `Answered by ${named[upstream] ?? upstream}`))
+  .then((health) => {
+    ({ upstream } = health);
+    $("upstream").textContent = `Answered by ${named[upstream] ?? upstream}`;
+    setUpstream(upstream);
+  })
   .catch(() => ($("upstream").textContent = "The server does not answer"));
+
+prepareDrawer(() => shown.last, announce);
+const known = conversations().map(({ id }) => id);
+const before = current();
+show(new Conversation(page, known.includes(before) ? before : ""));
+// Answers that ran where the person was not looking go on, too.
+for (const id of known) if (id !== before && savedChat(answerOf(id))) visited.set(id, new Conversation(page, id));

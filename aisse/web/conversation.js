@@ -1,0 +1,66 @@
+/** Questions and answers in a row, of which the last may be running. */
+import { savedChat } from "./aisse.js";
+import { Answer } from "./answer.js";
+import { answerOf, store, turnsOf } from "./history.js";
+
+const TITLE_CHARS = 60;
+
+export class Conversation {
+  #page;
+  #answers = [];
+
+  /** A new one, or with `id` one that the history knows. `page` is for its answers: see answer.js. */
+  constructor(page, id = "") {
+    this.#page = page;
+    this.id = id || crypto.getRandomValues(new Uint32Array(4)).join("-");
+    this.element = document.createElement("div");
+    if (!id) return;
+    for (const turn of turnsOf(id)) this.#add(turn);
+    if (this.last && savedChat(answerOf(id))) this.last.resume();
+  }
+
+  get last() {
+    return this.#answers.at(-1);
+  }
+
+  get busy() {
+    return this.last?.busy ?? false;
+  }
+
+  get title() {
+    const [first = ""] = this.#answers[0]?.asked.match(/\S[^]*/) ?? [];
+    return first.length > TITLE_CHARS ? `${first.slice(0, TITLE_CHARS - 1)}…` : first;
+  }
+
+  /** Asks `question`. `script` goes before it for the simulator, and `label` tells of it. */
+  ask(question, { script = "", label = "" } = {}) {
+    // What was never answered is not said again: roles alternate.
+    const before = this.#answers.filter(({ asked, text }) => asked.trim() && text.trim());
+    const answer = this.#add({ question, label });
+    answer.ask([
+      ...before.flatMap(({ asked, text }) => [{ role: "user", content: asked }, { role: "assistant", content: text }]),
+      { role: "user", content: (script && `[[${script}]]\n`) + question },
+    ]);
+    this.store();
+    return answer;
+  }
+
+  /** Takes the last question back. */
+  drop() {
+    const { question, element } = this.#answers.pop();
+    question.remove();
+    element.remove();
+    this.store();
+  }
+
+  store() {
+    store({ id: this.id, title: this.title, turns: this.#answers.map((answer) => answer.record()) });
+  }
+
+  #add(turn) {
+    const answer = new Answer(turn, answerOf(this.id), this.#page);
+    this.#answers.push(answer);
+    this.element.append(answer.question, answer.element);
+    return answer;
+  }
+}

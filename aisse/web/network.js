@@ -1,0 +1,20 @@
+/** The network as this page has it: one that can be switched off. */
+
+let cable = new AbortController();
+
+export const offline = () => cable.signal.aborted;
+
+/** `fetch`, but for what the switch does. */
+export async function request(url, init) {
+  if (offline()) throw new TypeError("This page is offline.");
+  const signal = init.signal ? AbortSignal.any([init.signal, cable.signal]) : cable.signal;
+  return fetch(url, { ...init, signal });
+}
+
+/** Breaks every connection, and refuses new ones, until it is called again. */
+export function switchNetwork() {
+  if (!offline()) return cable.abort(new TypeError("This page went offline."));
+  cable = new AbortController();
+  // As the browser says it after a real outage.
+  window.dispatchEvent(new Event("online"));
+}
