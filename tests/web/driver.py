@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CLIENT = HERE.parents[1] / "aisse" / "web" / "aisse.js"
-RUN_S = 6.0
+RUN_S = 40.0
 TELL_S = 5.0
 QUICK = 900_000
 

@@ -97,6 +97,13 @@ async def stage(*scenes: Scene) -> AsyncIterator[Stage]:
 
     async with raw_upstream(answer) as upstream:
         yield Stage(f"{upstream.url}/api/chat", upstream)
+    # Node opens connections ahead. One that the listener took as it closed is handed out in the loop's next turns.
+    for _ in range(3):
+        await asyncio.sleep(0)
+    while left := [connection for connection in upstream.connections if not connection.lost.is_set()]:
+        for connection in left:
+            connection.fin()
+        await asyncio.sleep(0.001)
 
 
 # --- turns ----------------------------------------------------------------------------------------------------------

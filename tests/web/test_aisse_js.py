@@ -188,6 +188,7 @@ async def test_event_beyond_the_bound_is_a_range_error(driver: Driver) -> None:
         [first, line[:-2]],
         [first, lines],
         [first, *lines.splitlines(keepends=True)],
+        [first, b"data\n" * 200 + b"\n"],
     ):
         found = await parsed(driver, *pieces, limit=100)
         assert found["error"] == "RangeError", pieces
@@ -352,6 +353,7 @@ async def test_upstream_without_event_lines_or_with_other_data_is_understood(dri
         '{"delta": {"text": null}}',
     ]
     odd += ['{"content_block": {}}', '{"content_block": null}', '{"delta": {"partial_json": "x"}}', ""]
+    block = {"type": "tool_use", "id": "toolu_1", "name": "now", "input": {}}
     scene = Scene(
         [
             says(
@@ -360,7 +362,10 @@ async def test_upstream_without_event_lines_or_with_other_data_is_understood(dri
                 *((at, "", data) for at, data in enumerate(odd, 3)),
                 *((at, "unheard_of", data) for at, data in enumerate(odd, 3 + len(odd))),
                 text(100, "b"),
-                end(101),
+                (101, "", {"type": "content_block_start", "index": 1, "content_block": block}),
+                (102, "", {"type": "content_block_stop", "index": 1}),
+                (103, "", {"type": "error", "error": {"type": "some_error", "message": "and it goes on"}}),
+                end(104),
             )
         ]
     )
@@ -369,8 +374,9 @@ async def test_upstream_without_event_lines_or_with_other_data_is_understood(dri
     whole(outcome, "ab")
     assert outcome["thoughts"] == ["hm"]
     others = [event["data"] for event in outcome["seen"] if event["type"] == "other"]
-    assert others == [decoded(data) for data in odd] * 2
-    assert [event["event"] for event in outcome["seen"]][-3:] == ["unheard_of", "content_block_delta", "end"]
+    assert others[:-1] == [decoded(data) for data in odd] * 2
+    assert [event["event"] for event in outcome["seen"]][-5:-3] == ["content_block_delta", "message"]
+    assert [event["type"] for event in outcome["seen"]][-5:] == ["text", "other", "tool", "error", "end"]
 
 
 def decoded(data: str) -> Any:
@@ -611,7 +617,7 @@ async def test_answer_that_the_server_does_not_know_is_lost(driver: Driver, serv
 
 
 async def test_wrong_use_is_thrown_at_once(driver: Driver) -> None:
-    """An address that is none, no question, a cursor of another answer: no server is at fault, and nothing is retried."""
+    """An address that is none, no question, a cursor of another answer: nothing is asked, or retried."""
     url = "http://127.0.0.1:9/api/chat"
     for job in (
         {"body": prompt("x"), "options": {"url": "no address"}},
@@ -675,6 +681,7 @@ async def test_attempts_that_are_used_up_are_lost(driver: Driver) -> None:
     assert pauses(outcomes[0])[0]["error"]["status"] == 503
     assert pauses(outcomes[0])[0]["error"]["type"] == "overloaded_error"
     assert pauses(outcomes[1])[0]["error"]["status"] == 502
+    assert "streaming" not in states(outcomes[3])
     assert outcomes[-1]["chat"]["text"] == "a"
     assert json.loads(outcomes[-1]["kept"]["chat"])["id"]
 
@@ -865,6 +872,9 @@ async def test_connection_that_falls_silent_is_left_for_another(driver: Driver) 
         whole(outcome, "ab")
         (pause,) = pauses(outcome)
         assert (pause["error"]["kind"], pause["attempt"]) == ("silent", 1)
+        # Timers may be a millisecond early.
+        before = outcome["states"][outcome["states"].index(pause) - 1]
+        assert pause["at"] - before["at"] > 145
         assert len(scene.requests) == 2
     assert scenes[1].methods() == ["POST", "POST"]
     assert len({request.headers["idempotency-key"] for request in scenes[1].requests}) == 1
@@ -945,9 +955,9 @@ async def test_online_and_reconnect_come_back_at_once(driver: Driver, what: str)
         for scene, outcome in zip(scenes, outcomes, strict=True):
             whole(outcome, "ab")
             assert len(scene.requests) == 2
-            assert outcome["listeners"] == 0
             (pause,) = pauses(outcome)
             assert (pause["delayMs"] == 0) is (turns is hanging)
+        assert await driver.value(call="listeners") == 0
 
 
 async def test_tab_that_is_shown_again_comes_back_at_once(driver: Driver) -> None:
@@ -958,13 +968,14 @@ async def test_tab_that_is_shown_again_comes_back_at_once(driver: Driver) -> Non
         while (await run.so_far())["chat"]["state"] != "reconnecting":
             await asyncio.sleep(0.01)
         run.do("hide")
+        await asyncio.sleep(0.1)  # for what must not happen
         assert (await run.so_far())["chat"]["state"] == "reconnecting"
         assert len(scene.requests) == 1
         run.do("show")
         outcome = await run.outcome()
 
     whole(outcome, "a")
-    assert outcome["listeners"] == 0
+    assert await driver.value(call="listeners") == 0
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------
@@ -1025,18 +1036,16 @@ async def test_stop_in_a_pause_comes_back_for_the_end_at_once(driver: Driver) ->
 
 
 async def test_stop_where_there_is_no_answer_yet_leaves(driver: Driver) -> None:
-    """Nothing was begun that could be stopped."""
-    scenes = [Scene([unavailable("Retry-After: 3600")]), Scene([unavailable()])]
-    async with stage(*scenes) as at:
-        runs = [
-            begin(driver, at.url, scenes[0], rules=[{"at": "state:reconnecting", "do": "stop"}]),
-            begin(driver, at.url, scenes[1], at_start="stop"),
-        ]
-        outcomes = [await run.outcome() for run in runs]
-
-    for scene, outcome in zip(scenes, outcomes, strict=True):
+    """Nothing was begun that could be stopped, and nothing is kept to be asked again."""
+    cases = [
+        (Scene([unavailable("Retry-After: 3600")]), {"rules": [{"at": "state:reconnecting", "do": "stop"}]}),
+        (Scene([unavailable()]), {"at_start": "stop"}),
+    ]
+    for scene, job in cases:
+        outcome = await play(driver, scene, **job, options={"keep": "chat"}, patch={"stored": {}})
         ends_as(outcome, "detached")
         assert (len(scene.requests), len(scene.stops)) == (1, 0)
+        assert outcome["kept"] == {}
 
 
 async def test_stop_that_is_refused_is_an_error(driver: Driver) -> None:
@@ -1094,7 +1103,7 @@ async def test_leaving_closes_the_connection_and_stops_nothing(driver: Driver) -
         assert outcome["chat"]["text"] == "a"
         assert (len(scene.requests), len(scene.stops)) == (1, 0)
     assert outcomes[3]["thrown"]["message"] == "the page's reason"
-    assert outcomes[-1]["listeners"] == 0
+    assert await driver.value(call="listeners") == 0
 
 
 async def test_leaving_ends_whatever_it_waits_for(driver: Driver) -> None:
@@ -1123,7 +1132,7 @@ async def test_what_a_callback_throws_is_thrown_and_not_retried(driver: Driver) 
     """Also an error of our own kind: the connection did not break."""
     places = ["state:connecting", "state:streaming", "text", "event:content_block_delta", "event:end", "state:ended"]
     cases = [(place, "throw") for place in places] + [("text", "throw ours"), ("state:streaming", "throw ours")]
-    scenes = [Scene([says(text(1, "a"), end(2))]) for _ in cases]
+    scenes = [Scene([says(text(1, "a"), end(2), then="hang")]) for _ in cases]
     broken = Scene([unavailable()])
     async with stage(*scenes, broken) as at:
         with driver.patched():
@@ -1133,13 +1142,16 @@ async def test_what_a_callback_throws_is_thrown_and_not_retried(driver: Driver) 
             ]
             runs.append(begin(driver, at.url, broken, rules=[{"at": "state:reconnecting", "do": "throw"}]))
             outcomes = [await run.outcome() for run in runs]
+        for scene, (place, _) in zip(scenes, cases, strict=True):
+            if place in {"state:streaming", "text", "event:content_block_delta"}:
+                await scene.connections[0].lost.wait()
 
     for scene, outcome in zip([*scenes, broken], outcomes, strict=True):
         assert outcome["thrown"] is not None, outcome
         assert outcome["thrown"]["message"] == outcome["finished"]["message"] == "the page's own"
         assert len(scene.requests) <= 1
         assert outcome["chat"]["state"] not in {"connecting", "streaming", "reconnecting", "lost", "refused"}
-    assert outcomes[-1]["listeners"] == 0
+    assert await driver.value(call="listeners") == 0
 
 
 async def test_loop_that_takes_its_time_slows_the_server_and_loses_nothing(driver: Driver) -> None:
@@ -1174,6 +1186,21 @@ async def test_loop_that_takes_its_time_slows_the_server_and_loses_nothing(drive
     in_order(outcome)
     assert outcome["chat"]["text"] == count * 65_536
     assert len(scene.requests) == 1
+
+
+async def test_signal_ends_reading_while_the_loop_takes_nothing(driver: Driver) -> None:
+    scene = Scene([says(*(text(seq, "x") for seq in range(1, 200)), then="hang")])
+    async with stage(scene) as at:
+        run = begin(driver, at.url, scene, pause_at="content_block_delta")
+        while len((await run.so_far())["seen"]) < 64:
+            await asyncio.sleep(0.01)
+        run.do("abort")
+        await scene.connections[0].lost.wait()
+        assert (await run.so_far())["chat"]["state"] == "detached"
+        run.do("go")
+        outcome = await run.outcome()
+
+    assert outcome["thrown"]["name"] == "AbortError"
 
 
 # --- how an answer ends ---------------------------------------------------------------------------------------------

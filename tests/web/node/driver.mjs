@@ -112,7 +112,7 @@ class Run {
         this.happened(`event:${event.event}`);
       },
       onState: (state, { delayMs, attempt, error }) => {
-        this.states.push({ state, delayMs, attempt, error: told(error) });
+        this.states.push({ state, delayMs, attempt, error: told(error), at: performance.now() });
         this.happened(`state:${state}`);
       },
     };
@@ -196,11 +196,10 @@ class Run {
     const { id, cursor, state, text, thinking, tools, usage, reason, error, silenceMs } = this.chat;
     const chat = { id, cursor, state, text: this.job.brief ? text.length : text, thinking, tools, usage, reason, error: told(error), silenceMs };
     const { taken, seen, texts, thoughts, states, thrown, finished, stops } = this;
-    const listeners = page.listeners + document.listeners;
     const kept = storage && Object.fromEntries(storage.entries);
     say({
       run: this.job.run, done, chat, taken, seen, texts, thoughts, states, thrown, finished, stops, delays, kept,
-      written: storage?.written, listeners,
+      written: storage?.written,
       fetched: this.fetched.map(({ method, credentials }) => ({ method, credentials })),
     });
   }
@@ -213,7 +212,7 @@ function say(line) {
 /** Jobs that are no chat. */
 const others = {
   parse: (job) => parse(aisse, job),
-  exports: () => Object.keys(aisse).sort(),
+  listeners: () => page.listeners + document.listeners,
   saved: ({ name }) => aisse.savedChat(name) ?? null,
   // What is thrown where a chat is not even begun.
   create: ({ resume, body, options }) => {

@@ -5,8 +5,8 @@ function outcome(createParser, pieces, maxLength) {
   const events = [];
   const seen = { events, id: "", retry: null, error: null };
   const feed = createParser(
-    { onEvent: (event) => events.push(event), onId: (id) => (seen.id = id), onRetry: (ms) => (seen.retry = ms) },
-    ...(maxLength === undefined ? [] : [maxLength]),
+    { onEvent: (event) => events.push(event), onId: (id) => (seen.id = id), onRetry: (ms) => (seen.retry = Number.isInteger(ms) ? ms : `${ms}`) },
+    ...(maxLength ? [maxLength] : []),
   );
   const decoder = new TextDecoder();
   try {
