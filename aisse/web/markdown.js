@@ -37,10 +37,14 @@ const SHEET = `
 
 // A window is as long as the slowest markup lets the parser take some ten milliseconds for.
 const WINDOW_CHARS = 4096;
-const WINDOW_LINES = 128;
-const GROUP_CHARS = 16_384;
-/** What a block counts for, beside its text. */
-const CHARS_PER_BLOCK = 100;
+const WINDOW_LINES = 64;
+// What layout costs, in characters: for each element and each line that many more.
+const ELEMENT_COST = 50;
+const LINE_COST = 25;
+const GROUP_COST = 6144;
+const FRAME_COST = 8192;
+/** Frames further apart than this mean that layout cost more than was thought: less is done in the next one. */
+const LATE_MS = 35;
 /** Of one `pre`: beyond it, another one begins. */
 const CODE_PIECES = 64;
 // A frame has 16 milliseconds, and layout and paint need some of them; nobody sees the frames of a hidden tab.
@@ -236,6 +240,11 @@ function morph(old, fresh) {
   return old;
 }
 
+function costOf(node) {
+  const text = node.textContent;
+  return text.length + LINE_COST * text.split("\n").length + ELEMENT_COST * node.getElementsByTagName("*").length;
+}
+
 // --- cutting --------------------------------------------------------------------------------------------------------
 
 /**
@@ -337,6 +346,8 @@ function cutInLine(text) {
 // --- the view -------------------------------------------------------------------------------------------------------
 
 class View {
+  /** What the nodes made final cost so far. */
+  cost = 0;
   #element;
   #onCode;
   #text = "";
@@ -350,7 +361,7 @@ class View {
   /** How much of `#source` was looked at for final blocks: without a new line there are no new ones. */
   #seen = 0;
   #group = null;
-  #groupChars = 0;
+  #groupCost = 0;
   /** The nodes of what is not final: the last block, or with an unfinished line after it two. */
   #tail = [];
   /** The `div.code` that a cut left open. */
@@ -504,7 +515,7 @@ class View {
     if (!this.#group) {
       this.#group = document.createElement("div");
       this.#group.className = "blocks";
-      this.#groupChars = 0;
+      this.#groupCost = 0;
       this.#element.append(this.#group);
     }
     const parent = block.localName === "code" ? this.#code.firstChild : this.#group;
@@ -518,7 +529,9 @@ class View {
   #commit(blocks, open = false) {
     for (const [index, block] of blocks.entries()) {
       const node = this.#place(block, this.#tail);
-      this.#groupChars += node.textContent.length + CHARS_PER_BLOCK;
+      const cost = costOf(node);
+      this.#groupCost += cost;
+      this.cost += cost;
       const goesOn = open && index === blocks.length - 1;
       if (node.localName === "code") {
         if (!goesOn || node.parentNode.childElementCount >= CODE_PIECES) this.#close();
@@ -527,7 +540,7 @@ class View {
         if (goesOn && node.className.startsWith("code")) this.#code = node;
         else this.#handOut(node);
       }
-      if (!this.#code && this.#groupChars >= GROUP_CHARS) {
+      if (!this.#code && this.#groupCost >= GROUP_COST) {
         for (const rest of this.#tail.splice(0)) rest.remove();
         this.#group = null;
       }
@@ -554,6 +567,8 @@ class View {
 const due = new Set();
 let frame = 0;
 let timer = 0;
+let allowed = FRAME_COST;
+let before = Infinity;
 
 function schedule(view) {
   due.add(view);
@@ -565,12 +580,19 @@ function schedule(view) {
 
 function run() {
   frame = timer = 0;
-  const deadline = performance.now() + (document.hidden ? HIDDEN_MS : FRAME_MS);
-  while (due.size && performance.now() < deadline) {
+  const now = performance.now();
+  allowed = now - before > LATE_MS ? allowed / 2 : Math.min(2 * allowed + 1, FRAME_COST);
+  before = now;
+  const deadline = now + (document.hidden ? HIDDEN_MS : FRAME_MS);
+  let cost = 0;
+  while (due.size && (cost < allowed || document.hidden) && performance.now() < deadline) {
     const [view] = due;
     due.delete(view);
+    cost -= view.cost;
     if (view.step()) due.add(view);
+    cost += view.cost;
   }
+  if (!due.size) before = Infinity; // the next one comes when there is something to show
   for (const view of due) schedule(view);
 }
 
