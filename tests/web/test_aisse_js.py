@@ -1037,7 +1037,7 @@ async def test_stop_in_a_pause_comes_back_for_the_end_at_once(driver: Driver) ->
 
 async def test_stop_where_there_is_no_answer_yet_leaves(driver: Driver) -> None:
     """Nothing was begun that could be stopped, and nothing is kept to be asked again."""
-    cases = [
+    cases: list[tuple[Scene, dict[str, Any]]] = [
         (Scene([unavailable("Retry-After: 3600")]), {"rules": [{"at": "state:reconnecting", "do": "stop"}]}),
         (Scene([unavailable()]), {"at_start": "stop"}),
     ]
