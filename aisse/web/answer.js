@@ -1,7 +1,7 @@
 /** One question and its answer: what they look like, and the life of the connection behind them. */
 import { resumeChat, savedChat, streamChat } from "./aisse.js";
 import { markdown } from "./markdown.js";
-import { request } from "./network.js";
+import { offline, request } from "./network.js";
 
 /** Longer pauses would try a person's patience; beside them is a button for now. */
 const MAX_DELAY_MS = 10_000;
@@ -26,7 +26,7 @@ const sentence = (words) => (/[.!?]$/.test(words) ? words : `${words}.`);
 function explain({ kind, message, status, retryAfter }, reason) {
   if (kind === "failed") return sentence(`${ENDS[reason] ?? "The answer ended early"}: ${message}`);
   if (kind === "lost" && status) return "The server no longer has this answer. What came of it is kept here.";
-  if (kind === "lost") return `The connection was lost. ${sentence(message)} What came so far is kept; the rest may follow.`;
+  if (kind === "lost") return `The connection was lost. ${sentence(message)} What came so far is kept, and “Reconnect” goes on from there.`;
   if (status === 413) return `${sentence(message)} A new conversation has room again.`;
   if (retryAfter) return `${sentence(message)} Try again in ${seconds(1000 * retryAfter)}.`;
   return sentence(message);
@@ -117,10 +117,6 @@ export class Answer {
 
   get text() {
     return this.#text.text;
-  }
-
-  get words() {
-    return this.text.split(/\s+/, 5000).filter(Boolean).length;
   }
 
   /** All of it as texts, to be stored. */
@@ -225,7 +221,7 @@ export class Answer {
     notice.hidden = !error;
     if (!error) return;
     const left = this.#nextAt - performance.now();
-    const cause = navigator.onLine ? error.message : "You are offline.";
+    const cause = navigator.onLine && !offline() ? error.message : "You are offline.";
     words.textContent = `${this.#streams ? "Connection lost" : "Not connected"}, trying again ` +
       `${left > 0 ? `in ${Math.ceil(left / 1000)} s` : "now"}. ${sentence(cause)}`;
     if (left > 0) this.#countdown = setTimeout(() => this.#notice(error), Math.min(1000, left));
@@ -239,8 +235,8 @@ export class Answer {
     this.#page.changed(this);
     if (error?.status === 401) return this.#page.refused(this);
     const outcome = [
-      reason === "complete" ? "Complete" : this.stopping ? "Stopped" : "Incomplete",
-      ...(usage ? [`${plural(usage.input_tokens ?? 0, "token")} in, ${plural(usage.output_tokens ?? 0, "token")} out`] : []),
+      reason === "complete" ? "Complete" : !this.stopping ? "Incomplete" : chat.id && !reason ? "Left" : "Stopped",
+      ...(reason === "complete" && usage ? [`${plural(usage.input_tokens ?? 0, "token")} in, ${plural(usage.output_tokens ?? 0, "token")} out`] : []),
       ...(this.reconnects ? [plural(this.reconnects, "reconnect")] : []),
     ];
     const problem = error && !(this.stopping && chat.state === "detached") ? explain(error, reason) : "";

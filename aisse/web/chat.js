@@ -8,7 +8,6 @@ import * as strip from "./strip.js";
 
 const $ = (id) => document.getElementById(id);
 const view = document.querySelector("main");
-const narrow = matchMedia("(max-width: 60rem)");
 const touch = matchMedia("(pointer: coarse)");
 const READ_ALOUD_CHARS = 400;
 const END_PX = 60;
@@ -92,7 +91,8 @@ function announce(words) {
 function finished(answer) {
   const problem = answer.element.querySelector(".problem").textContent;
   const end = problem || (answer.stopping ? "Stopped." : "Answer complete.");
-  announce(answer.text.length > READ_ALOUD_CHARS ? `${end} ${answer.words} words.` : `${end} ${answer.text}`);
+  const { length } = answer.text;
+  announce(`${end} ${length > READ_ALOUD_CHARS ? `${length.toLocaleString("en")} characters.` : answer.text}`);
   for (const conversation of visited.values()) if (conversation.last === answer) conversation.store();
 }
 
@@ -161,13 +161,11 @@ function close(name) {
   return true;
 }
 
-for (const name of Object.keys(panels)) {
-  panels[name].addEventListener("click", () => toggle(name));
-  // A panel that covers the page goes when the person goes on elsewhere.
-  $(name).addEventListener("focusout", ({ relatedTarget: to }) => {
-    if (narrow.matches && to && !$(name).contains(to) && to !== panels[name]) close(name);
-  });
-}
+for (const name of Object.keys(panels)) panels[name].addEventListener("click", () => toggle(name));
+// Where it covers the page it goes when the person goes on elsewhere.
+$("history").addEventListener("focusout", ({ relatedTarget: to }) => {
+  if (to && !$("history").contains(to) && to !== panels.history) close("history");
+});
 $("drawer-close").addEventListener("click", () => close("drawer"));
 $("new").addEventListener("click", () => {
   if (shown.last) show(new Conversation(page));

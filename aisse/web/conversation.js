@@ -4,10 +4,13 @@ import { Answer } from "./answer.js";
 import { answerOf, store, turnsOf } from "./history.js";
 
 const TITLE_CHARS = 60;
+/** Of what is said again with a question: within a server's `max_body_bytes` and a model's context. */
+const MOST_CHARS = 200_000;
 
 export class Conversation {
   #page;
   #answers = [];
+  #count = 0; // of turns, those included that there was no room for
 
   /** A new one, or with `id` one that the history knows. `page` is for its answers: see answer.js. */
   constructor(page, id = "") {
@@ -15,7 +18,7 @@ export class Conversation {
     this.id = id || crypto.getRandomValues(new Uint32Array(4)).join("-");
     this.element = document.createElement("div");
     if (!id) return;
-    for (const turn of turnsOf(id)) this.#add(turn);
+    for (const { number, turn } of turnsOf(id)) this.#add(turn, number);
     if (this.last && savedChat(answerOf(id))) this.last.resume();
   }
 
@@ -35,7 +38,10 @@ export class Conversation {
   /** Asks `question`. `script` goes before it for the simulator, and `label` tells of it. */
   ask(question, { script = "", label = "" } = {}) {
     // What was never answered is not said again: roles alternate.
-    const before = this.#answers.filter(({ asked, text }) => asked.trim() && text.trim());
+    const whole = this.#answers.filter(({ asked, text }) => asked.trim() && text.trim());
+    let room = MOST_CHARS;
+    const before = whole.slice(whole.findLastIndex(({ asked, text }) => (room -= asked.length + text.length) < 0) + 1);
+    if (before.length < whole.length) label = [label, "Asked without what is too long ago"].filter(Boolean).join(" · ");
     const answer = this.#add({ question, label });
     answer.ask([
       ...before.flatMap(({ asked, text }) => [{ role: "user", content: asked }, { role: "assistant", content: text }]),
@@ -50,15 +56,17 @@ export class Conversation {
     const { question, element } = this.#answers.pop();
     question.remove();
     element.remove();
+    this.#count -= 1;
     this.store();
   }
 
   store() {
-    store({ id: this.id, title: this.title, turns: this.#answers.map((answer) => answer.record()) });
+    store({ id: this.id, title: this.title, count: this.#count }, this.last?.record());
   }
 
-  #add(turn) {
+  #add(turn, number = this.#count) {
     const answer = new Answer(turn, answerOf(this.id), this.#page);
+    this.#count = number + 1;
     this.#answers.push(answer);
     this.element.append(answer.question, answer.element);
     return answer;

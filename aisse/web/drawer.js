@@ -46,7 +46,7 @@ export function takeFault() {
   const [label, script] = FAULTS[$("fault").value];
   $("fault").value = "none";
   if (!$("fault").disabled) watch();
-  return { script, label: script && label };
+  return { script, label: script && `Fault: ${label}` };
 }
 
 /** `shown()` is the Answer on show, if there is one; `announce(words)` says them. */

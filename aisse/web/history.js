@@ -27,7 +27,17 @@ function write(name, value) {
   return true;
 }
 
-let index = listOf(read("index")).map(({ id, title }) => ({ id: text(id), title: text(title) }));
+const remove = (name) => {
+  try {
+    sessionStorage.removeItem(PREFIX + name);
+  } catch {
+    // not allowed: then there is nothing
+  }
+};
+
+let index = listOf(read("index")).map(({ id, title, count }) => ({
+  id: text(id), title: text(title), count: Math.min(Number(count) || 0, 10_000),
+}));
 
 /** The name under which an unfinished answer of conversation `id` is kept: see `keep` in aisse.d.ts. */
 export const answerOf = (id) => `${PREFIX}answer.${id}`;
@@ -39,32 +49,34 @@ export const conversations = () => index;
 export const current = () => text(read("current"));
 export const setCurrent = (id) => write("current", id);
 
-/** The turns of conversation `id`, with texts in the fields that `Answer.record` gives them. */
+/** What is there of the turns of conversation `id`, as `{ number, turn }`: texts in the fields of `Answer.record`. */
 export function turnsOf(id) {
-  return listOf(read(id)?.turns).map((turn) =>
-    Object.fromEntries(Object.entries(turn).map(([name, value]) => [name, text(value)])),
-  );
+  const { count = 0 } = index.find((one) => one.id === id) ?? {};
+  const turns = Array.from({ length: count }, (_, number) => ({ number, turn: read(`${id}.${number}`) }));
+  return turns.filter(({ turn }) => turn && typeof turn === "object").map(({ number, turn }) => ({
+    number,
+    turn: Object.fromEntries(Object.entries({ question: "", ...turn }).map(([name, value]) => [name, text(value)])),
+  }));
 }
 
-/** A conversation without turns is forgotten. */
-export function store({ id, title, turns }) {
-  index = [{ id, title }, ...index.filter((one) => one.id !== id)];
-  if (!turns.length) index.push(index.shift());
-  if (!turns.length || index.length > MOST) forgetOldest();
-  if (!turns.length) return void write("index", index);
-  let rest = turns;
-  while (!(write(id, { turns: rest }) && write("index", index))) {
+/**
+ * Stores `turn` as the last of a conversation that has `count`, one alone, since there may be megabytes before it;
+ * without it, the last one was taken back. A conversation without turns is forgotten.
+ */
+export function store({ id, title, count }, turn) {
+  index = [...(count ? [{ id, title, count }] : []), ...index.filter((one) => one.id !== id)];
+  remove(`${id}.${count}`);
+  if (index.length > MOST) forgetOldest();
+  let gone = 0;
+  while (!((!turn || write(`${id}.${count - 1}`, turn)) && write("index", index))) {
     if (index.length > 1) forgetOldest();
-    else if (rest.length > 1) rest = rest.slice(1);
+    else if (gone < count - 1) remove(`${id}.${gone++}`);
     else return;
   }
 }
 
 function forgetOldest() {
-  const { id } = index.pop();
-  try {
-    for (const name of [PREFIX + id, answerOf(id)]) sessionStorage.removeItem(name);
-  } catch {
-    // not allowed: then there is nothing
-  }
+  const { id, count } = index.pop();
+  for (let number = 0; number < count; number += 1) remove(`${id}.${number}`);
+  remove(`answer.${id}`);
 }

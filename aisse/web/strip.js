@@ -12,11 +12,12 @@ const $ = (id) => document.getElementById(id);
 const canvas = $("plot");
 const events = new Float32Array(BUCKETS);
 const tokens = new Float32Array(BUCKETS);
-const breaks = new Uint8Array(BUCKETS);
+const broken = new Uint8Array(BUCKETS); // 1 where there was no connection
 let answer; // whose connection is shown
 let seq = 0;
 let bucket = 0; // the running one's number
 let ticks;
+let cut = false; // there was a connection, and there is none
 let size = [0, 0];
 let colours = {};
 
@@ -28,7 +29,8 @@ function advance() {
   bucket = Math.max(bucket, to - BUCKETS);
   while (bucket < to) {
     bucket += 1;
-    for (const series of [events, tokens, breaks]) series[bucket % BUCKETS] = 0;
+    events[bucket % BUCKETS] = tokens[bucket % BUCKETS] = 0;
+    broken[bucket % BUCKETS] = cut ? 1 : 0;
   }
 }
 
@@ -37,7 +39,8 @@ export function follow(next) {
   if (next === answer) return;
   answer = next;
   seq = 0;
-  for (const series of [events, tokens, breaks]) series.fill(0);
+  cut = false;
+  for (const series of [events, tokens, broken]) series.fill(0);
   changed();
 }
 
@@ -56,12 +59,12 @@ export function changed() {
   const { chat, busy } = answer ?? {};
   const state = chat?.state ?? "idle";
   $("strip").dataset.state = state;
-  $("state").textContent = WORDS[state] + (chat?.reason ? `: ${chat.reason.replaceAll("_", " ")}` : "");
+  const reason = chat?.reason ? `: ${chat.reason.replaceAll("_", " ")}` : "";
+  $("state").textContent = WORDS[state] + (navigator.onLine ? reason : ", offline");
   $("reconnects").textContent = answer?.reconnects ?? 0;
-  if (state === "reconnecting") {
-    advance();
-    breaks[bucket % BUCKETS] = 1;
-  }
+  if (busy) advance();
+  cut = busy && (state === "reconnecting" || (cut && state !== "streaming"));
+  if (cut) broken[bucket % BUCKETS] = 1;
   clearInterval(ticks);
   if (busy) ticks = setInterval(tick, EVERY_MS);
   show();
@@ -95,16 +98,20 @@ function draw() {
   const [width, height] = size;
   const pen = canvas.getContext("2d");
   pen.clearRect(0, 0, width, height);
-  const most = Math.max(20, ...tokens, ...events);
+  const most = Math.max(10, ...tokens, ...events);
   const step = width / (BUCKETS - 2);
   // The running bucket is not full yet: it stays outside.
   const x = (index) => index * step;
-  const y = (value) => height - 1 - (value / most) * (height - 4);
+  // By its root: what is caught up on comes in one peak, and must not flatten everything else.
+  const y = (value) => height - 1 - Math.sqrt(value / most) * (height - 4);
   const at = (series, index) => series[(bucket + 1 + index) % BUCKETS];
   const trace = (series) => {
     pen.beginPath();
     for (let index = 0; index < BUCKETS - 1; index += 1) pen.lineTo(x(index), y(at(series, index)));
   };
+  pen.fillStyle = colours.broken;
+  pen.globalAlpha = 0.35;
+  for (let index = 0; index < BUCKETS - 1; index += 1) if (at(broken, index)) pen.fillRect(x(index), 0, step, height);
   trace(tokens);
   pen.lineTo(width, height);
   pen.lineTo(0, height);
@@ -120,14 +127,12 @@ function draw() {
   pen.strokeStyle = colours.events;
   pen.lineWidth = 1;
   pen.stroke();
-  pen.fillStyle = colours.breaks;
-  for (let index = 0; index < BUCKETS - 1; index += 1) if (at(breaks, index)) pen.fillRect(x(index), 0, 2, height);
 }
 
 function recolour() {
   const style = getComputedStyle(canvas);
   colours = Object.fromEntries(
-    [["tokens", "--accent"], ["events", "--quiet"], ["breaks", "--error"]].map(([series, name]) => [
+    [["tokens", "--accent"], ["events", "--quiet"], ["broken", "--error"]].map(([series, name]) => [
       series,
       style.getPropertyValue(name),
     ]),
@@ -142,5 +147,7 @@ new ResizeObserver(([{ contentRect }]) => {
   canvas.getContext("2d").scale(devicePixelRatio, devicePixelRatio);
   draw();
 }).observe(canvas);
+window.addEventListener("online", changed);
+window.addEventListener("offline", changed);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
 recolour();
