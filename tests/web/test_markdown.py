@@ -233,11 +233,12 @@ FUZZ = """
 ([seed, count]) => {
   const random = () => (seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0) / 2 ** 32;
   const below = (n) => Math.floor(random() * n);
-  const bits = ["a ", "word", "\\n", "\\n", "\\n\\n", "# ", "- ", "- item\\n", "1. ", "1. one\\n", "2) x\\n", "  ",
-    "    ", "> ", "> quote\\n", "```", "```\\n", "```js\\n", "~~~\\n", "---\\n", "===\\n", "|a|b|\\n|-|-|\\n",
-    "|1|2|\\n", "| ", "`code`", "**b**", "*", "_", "~~", "[a](http://b)", "![i](http://x)", "http://a.b/c ", "\\\\", "&amp;",
-    "\\t", "\\r\\n", "\\r", "\\u{1F600}", "e\\u0301", "\\u202e", "\\u05d0", "<b>", "[x]: http://y\\n", "\\0", "   - sub\\n",
-    "      deep\\n", "- ```\\n  in\\n", "- > 1. deep\\n", "> ```\\n> q\\n", "\\u2060"];
+  const bits = ["a ", "word", "\\n", "\\n", "\\n\\n", "# ", "- ", "- item\\n", "1. ", "1. one\\n", "2) x\\n",
+    "  ", "    ", "> ", "> quote\\n", "```", "```\\n", "```js\\n", "~~~\\n", "---\\n", "===\\n",
+    "|a|b|\\n|-|-|\\n", "|1|2|\\n", "| ", "`code`", "**b**", "*", "_", "~~", "[a](http://b)", "![i](http://x)",
+    "http://a.b/c ", "\\\\", "&amp;", "\\t", "\\r\\n", "\\r", "\\u{1F600}", "e\\u0301", "\\u202e", "\\u05d0",
+    "<b>", "[x]: http://y\\n", "\\0", "   - sub\\n", "      deep\\n", "- ```\\n  in\\n", "- > 1. deep\\n",
+    "> ```\\n> q\\n", "\\u2060"];
   const bit = () => bits[below(bits.length)];
   for (let n = 0; n < count; n += 1) {
     let text = "";
