@@ -177,6 +177,11 @@ async def test_event_is_complete_with_the_first_byte_of_its_last_line_end(driver
     assert len((await parsed(driver, b"data: 1\r\n\r", b"\ndata: 2\n\n"))["events"]) == 2
 
 
+@pytest.mark.parametrize("value", [b"1e3", b"-5", b"2000 ", b"", b"0x10", "٣".encode()])
+async def test_retry_that_is_not_all_digits_is_ignored(driver: Driver, value: bytes) -> None:
+    assert (await parsed(driver, b"retry: " + value + b"\n"))["retry"] is None
+
+
 async def test_event_beyond_the_bound_is_a_range_error(driver: Driver) -> None:
     """In one line or many, whole or in pieces; events before it are told."""
     line = b"data: " + b"x" * 200 + b"\n\n"
