@@ -237,7 +237,7 @@ class Chat {
       const feed = createParser({
         onEvent: (event) => this.#take(event),
         onId: (id) => this.id || this.#learn(EVENT_ID.exec(id)?.[1]),
-        onRetry: (ms) => (this.#retryMs = ms),
+        onRetry: (ms) => (this.#retryMs = Math.min(Math.max(ms, 100), 1e9)), // a timer has 31 bits
       });
       while (!this.reason) {
         const { done, value } = await io(reader.read());
@@ -309,7 +309,7 @@ class Chat {
       }
       if (!moving) {
         // Full jitter: those who were cut off together do not come back together.
-        const most = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** (this.#attempt - 1));
+        const most = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** Math.min(this.#attempt - 1, 20));
         delayMs = Math.min(1000 * (failure.retryAfter ?? 0) + Math.random() * most, 2 ** 31 - 1);
       }
     }
@@ -403,16 +403,16 @@ class Chat {
       Object.assign(event, { type: kind, error: data.error });
       this.#said = data.error;
     } else if (delta?.partial_json !== undefined) {
-      const tool = this.#blocks.get(index);
+      const [tool] = this.#blocks.get(index) ?? [];
       if (tool) tool.json += delta.partial_json;
     } else if (kind === "content_block_stop" && this.#blocks.has(index)) {
-      const tool = this.#blocks.get(index);
+      const [tool, whole] = this.#blocks.get(index);
       this.#blocks.delete(index);
-      try { tool.input = JSON.parse(tool.json || "{}"); } catch { /* stays undefined */ }
+      try { tool.input = JSON.parse(tool.json || whole); } catch { /* stays undefined */ }
       Object.assign(event, { type: "tool", tool });
     } else if (block?.type?.endsWith("tool_use")) {
       const tool = { id: block.id, name: block.name, json: "" };
-      this.#blocks.set(index, tool);
+      this.#blocks.set(index, [tool, JSON.stringify(block.input ?? {})]);
       this.tools.push(tool);
     } else {
       const { text, thinking } = delta ?? block ?? {};

@@ -307,10 +307,10 @@ async def test_end_is_the_end_where_the_body_goes_on(driver: Driver) -> None:
 
 
 async def test_tool_calls_are_accumulated_each_by_its_block(driver: Driver) -> None:
-    """Two at once, one whose JSON is broken, one without any input."""
+    """Two at once, one whose JSON is broken, one without any input, one that has it all from the start."""
 
-    def start(seq: int, index: int, name: str) -> tuple[int, str, Any]:
-        block = {"type": "tool_use", "id": f"toolu_{index}", "name": name, "input": {}}
+    def start(seq: int, index: int, name: str, **given: int) -> tuple[int, str, Any]:
+        block = {"type": "tool_use", "id": f"toolu_{index}", "name": name, "input": given}
         return (
             seq,
             "content_block_start",
@@ -329,7 +329,8 @@ async def test_tool_calls_are_accumulated_each_by_its_block(driver: Driver) -> N
             says(text(1, "Let me see."), start(2, 1, "weather"), piece(3, 1, ""), piece(4, 1, '{"ci'), then="cut"),
             says(
                 *(start(5, 2, "broken"), piece(6, 2, '{"a": '), piece(7, 1, 'ty": "Köln"}'), stop(8, 1)),
-                *(stop(9, 2), start(10, 3, "now"), stop(11, 3), end(12)),
+                *(stop(9, 2), start(10, 3, "now"), stop(11, 3)),
+                *(start(12, 4, "roll", sides=6), stop(13, 4), end(14)),
             ),
         ]
     )
@@ -339,9 +340,10 @@ async def test_tool_calls_are_accumulated_each_by_its_block(driver: Driver) -> N
     weather = {"id": "toolu_1", "name": "weather", "json": '{"city": "Köln"}', "input": {"city": "Köln"}}
     broken = {"id": "toolu_2", "name": "broken", "json": '{"a": '}
     now = {"id": "toolu_3", "name": "now", "json": "", "input": {}}
-    assert outcome["chat"]["tools"] == [weather, broken, now]
+    roll = {"id": "toolu_4", "name": "roll", "json": "", "input": {"sides": 6}}
+    assert outcome["chat"]["tools"] == [weather, broken, now, roll]
     told = [event["tool"] for event in outcome["seen"] if event["type"] == "tool"]
-    assert told == [weather, broken, now]
+    assert told == [weather, broken, now, roll]
 
 
 async def test_upstream_without_event_lines_or_with_other_data_is_understood(driver: Driver) -> None:
