@@ -149,7 +149,7 @@ function toggle(name, opened = panels[name].ariaExpanded !== "true") {
   panels[name].ariaExpanded = String(opened);
   $(name).classList.toggle("open", opened);
   if (name === "drawer") $(name).hidden = !opened;
-  if (opened) $(name).querySelector("button")?.focus();
+  if (opened) ($(name).querySelector("button") ?? $(name)).focus();
 }
 
 /** Closes the panel that `name` names, if it is open, and gives the focus back. */
@@ -163,9 +163,9 @@ function close(name) {
 
 for (const name of Object.keys(panels)) panels[name].addEventListener("click", () => toggle(name));
 // Where it covers the page it goes when the person goes on elsewhere.
-$("history").addEventListener("focusout", ({ relatedTarget: to }) => {
-  if (to && !$("history").contains(to) && to !== panels.history) close("history");
-});
+const leaveHistory = (to) => to && !$("history").contains(to) && to !== panels.history && close("history");
+$("history").addEventListener("focusout", ({ relatedTarget }) => leaveHistory(relatedTarget));
+document.addEventListener("pointerdown", ({ target }) => leaveHistory(target));
 $("drawer-close").addEventListener("click", () => close("drawer"));
 $("new").addEventListener("click", () => {
   if (shown.last) show(new Conversation(page));

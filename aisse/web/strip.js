@@ -100,11 +100,12 @@ function draw() {
   pen.clearRect(0, 0, width, height);
   const most = Math.max(10, ...tokens, ...events);
   const step = width / (BUCKETS - 2);
-  // The running bucket is not full yet: it stays outside.
+  // The running bucket is not full yet: it stays outside, until nothing runs any more.
+  const first = bucket + (answer?.busy ? 1 : 2);
   const x = (index) => index * step;
   // By its root: what is caught up on comes in one peak, and must not flatten everything else.
   const y = (value) => height - 1 - Math.sqrt(value / most) * (height - 4);
-  const at = (series, index) => series[(bucket + 1 + index) % BUCKETS];
+  const at = (series, index) => series[(first + index) % BUCKETS];
   const trace = (series) => {
     pen.beginPath();
     for (let index = 0; index < BUCKETS - 1; index += 1) pen.lineTo(x(index), y(at(series, index)));
