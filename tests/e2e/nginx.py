@@ -172,15 +172,18 @@ async def nginx(
     *,
     tls: bool = False,
     workers: int = 1,
+    port: int = 0,
     instead: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Nginx]:
     """An nginx on ports from the system, in a folder of its own; ended by its pid at the end of the block.
 
-    It hands requests to `upstreams`, in turn. `instead` has other text for parts of the configuration.
+    It hands requests to `upstreams`, in turn. `port` is what it listens on without TLS, such as that of one before it.
+    `instead` has other text for parts of the configuration.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aisse-nginx-")))
-        listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=511)) for _ in range(1 + tls)]
+        ports = [port, 0][: 1 + tls]
+        listening = [stack.enter_context(socket.create_server(("127.0.0.1", one), backlog=511)) for one in ports]
         addresses = [sock.getsockname() for sock in listening]
         write(
             folder,
