@@ -18,7 +18,7 @@ const ENDS = {
   abandoned: "Nobody was reading, so the answer was given up",
 };
 
-const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+const plural = (count = 0, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const seconds = (ms) => plural(Math.max(1, Math.ceil(ms / 1000)), "second");
 const sentence = (words) => (/[.!?]$/.test(words) ? words : `${words}.`);
 
@@ -26,7 +26,9 @@ const sentence = (words) => (/[.!?]$/.test(words) ? words : `${words}.`);
 function explain({ kind, message, status, retryAfter }, reason) {
   if (kind === "failed") return sentence(`${ENDS[reason] ?? "The answer ended early"}: ${message}`);
   if (kind === "lost" && status) return "The server no longer has this answer. What came of it is kept here.";
-  if (kind === "lost") return `The connection was lost. ${sentence(message)} What came so far is kept, and “Reconnect” goes on from there.`;
+  if (kind === "lost") {
+    return `The connection was lost. ${sentence(message)} What came is kept; “Reconnect” goes on from there.`;
+  }
   if (status === 413) return `${sentence(message)} A new conversation has room again.`;
   if (retryAfter) return `${sentence(message)} Try again in ${seconds(1000 * retryAfter)}.`;
   return sentence(message);
@@ -72,7 +74,7 @@ export class Answer {
   busy = false;
   chat;
   #turn;
-  #page; // told by `changed(answer)`, `arrived(answer, event)`, `refused(answer)`, `announce(words)`
+  #page; // see `page` in chat.js
   #keep;
   #parts;
   #text;
@@ -102,12 +104,19 @@ export class Answer {
     this.#text = markdown(text, { onCode: copyable });
     this.#thinking = markdown(thoughts);
     thinking.querySelector("summary").addEventListener("click", () => (thinking.dataset.toggled = "true"));
-    now.addEventListener("click", () => this.chat.reconnect());
+    now.addEventListener("click", () => {
+      this.chat.reconnect();
+      page.toPrompt(); // this button is about to vanish
+    });
     copyButton.addEventListener("click", () => copyBy(copyButton, this.text));
-    back.addEventListener("click", () => this.resume());
+    back.addEventListener("click", () => {
+      this.resume();
+      page.toPrompt();
+    });
     if (turn.thinking) this.#think(turn.thinking);
     if (turn.text) this.#write(turn.text);
-    this.#rest(turn);
+    const { problem, outcome } = turn;
+    this.#rest(outcome === "" && !problem ? { problem: "The page was left before this answer ended." } : turn);
   }
 
   /** What was asked, without what was added to it. */
@@ -233,12 +242,13 @@ export class Answer {
     this.#outage = false;
     this.#notice();
     this.#page.changed(this);
-    if (error?.status === 401) return this.#page.refused(this);
+    if (error?.status === 401 && !this.text) return this.#page.refused(this);
     const outcome = [
       reason === "complete" ? "Complete" : !this.stopping ? "Incomplete" : chat.id && !reason ? "Left" : "Stopped",
-      ...(reason === "complete" && usage ? [`${plural(usage.input_tokens ?? 0, "token")} in, ${plural(usage.output_tokens ?? 0, "token")} out`] : []),
-      ...(this.reconnects ? [plural(this.reconnects, "reconnect")] : []),
-    ];
+      reason === "complete" && usage && `${plural(usage.input_tokens, "token")} in`,
+      reason === "complete" && usage && `${plural(usage.output_tokens, "token")} out`,
+      this.reconnects > 0 && plural(this.reconnects, "reconnect"),
+    ].filter(Boolean);
     const problem = error && !(this.stopping && chat.state === "detached") ? explain(error, reason) : "";
     const back = error?.kind === "lost" && !error.status && (chat.id || savedChat(this.#keep)) ? "true" : "";
     await Promise.all([this.#text.finish(), this.#thinking.finish()]);

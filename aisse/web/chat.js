@@ -12,7 +12,9 @@ const touch = matchMedia("(pointer: coarse)");
 const READ_ALOUD_CHARS = 400;
 const END_PX = 60;
 
+/** What the answers tell. */
 const page = {
+  /** Another state; `over`: all of it is on the page, and nothing more comes. */
   changed(answer, over = false) {
     if (over) finished(answer);
     if (answer !== shown.last) return listConversations();
@@ -22,6 +24,7 @@ const page = {
   arrived(answer, event) {
     if (answer === shown.last) strip.count(event);
   },
+  /** For want of an access token. */
   refused(answer) {
     const conversation = [...visited.values()].find(({ last }) => last === answer);
     conversation.drop();
@@ -32,6 +35,7 @@ const page = {
     $("token").focus();
   },
   announce,
+  toPrompt,
 };
 
 const visited = new Map(); // conversations that were on show since the page was loaded, by id
@@ -98,8 +102,9 @@ function finished(answer) {
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
-function ask(question, script) {
+function ask(question) {
   const fault = takeFault();
+  const script = upstream === "simulator" && EXAMPLES.find((one) => one.question === question)?.script;
   shown.ask(question, { script: [script, fault.script].filter(Boolean).join(" "), label: fault.label });
   announce("Answering");
   toEnd();
@@ -129,14 +134,14 @@ $("log").addEventListener("click", ({ target }) => {
   ask(asked);
 });
 
-$("examples").append(...EXAMPLES.map(({ question, script }) => {
+$("examples").append(...EXAMPLES.map(({ question }) => {
   const item = document.createElement("li");
   const button = item.appendChild(document.createElement("button"));
   button.type = "button";
   button.textContent = question;
   button.addEventListener("click", () => {
     toPrompt();
-    ask(question, upstream === "simulator" ? script : "");
+    ask(question);
   });
   return item;
 }));

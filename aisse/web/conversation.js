@@ -40,8 +40,9 @@ export class Conversation {
     // What was never answered is not said again: roles alternate.
     const whole = this.#answers.filter(({ asked, text }) => asked.trim() && text.trim());
     let room = MOST_CHARS;
-    const before = whole.slice(whole.findLastIndex(({ asked, text }) => (room -= asked.length + text.length) < 0) + 1);
-    if (before.length < whole.length) label = [label, "Asked without what is too long ago"].filter(Boolean).join(" · ");
+    const tooOld = whole.findLastIndex(({ asked, text }) => (room -= asked.length + text.length) < 0);
+    const before = whole.slice(tooOld + 1);
+    if (tooOld >= 0) label = [label, "Asked without what is too long ago"].filter(Boolean).join(" · ");
     const answer = this.#add({ question, label });
     answer.ask([
       ...before.flatMap(({ asked, text }) => [{ role: "user", content: asked }, { role: "assistant", content: text }]),

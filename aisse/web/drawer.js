@@ -10,13 +10,13 @@ const FAULTS = {
   cut: ["The model's connection breaks", "fault=cut at=9000",
     "Watch: a broken answer is never passed off as a whole one: it ends as truncated."],
   stall: ["The model falls silent", "fault=stall at=60",
-    "Watch: heartbeats go on, so the silence is the model's, not the connection's. Stop it whenever you like."],
+    "Watch: heartbeats go on, so the silence is the model's, not the connection's. Stop it when you like."],
   garbage: ["Noise instead of events", "fault=garbage at=60", "Watch: none of it reaches this page."],
   huge: ["An event of two megabytes", "fault=huge at=60", "Watch: the server's limit holds, and says so."],
   slow: ["A slow model", "pace=4", "Watch: each word is shown when it comes; nothing waits for a full buffer."],
   long: ["A long, fast answer", "tokens=6000 pace=200", "Watch: 200 events a second, and the page stays at ease."],
   thinking: ["Much thinking first", "thinking_tokens=200", "Watch: thinking is shown apart, and folds itself up."],
-  late: ["Late first word", "first_s=8", "Watch: the connection is confirmed after five seconds, long before the word."],
+  late: ["Late first word", "first_s=8", "Watch: the connection is confirmed after five seconds, before the word."],
   busy: ["Overloaded", "status=529", "Watch: the page tries again, as late as it is told to, with the same key."],
   limited: ["Too many questions", "status=429 retry_after=5", "Watch: that is an answer, and no reason to try again."],
 };
@@ -38,7 +38,7 @@ function watch() {
 export function setUpstream(upstream) {
   $("fault").disabled = upstream !== "simulator";
   if (!$("fault").disabled) return watch();
-  $("fault-watch").textContent = "Only the built-in simulator can be told to fail: start the server with --upstream simulator.";
+  $("fault-watch").textContent = "Only the built-in simulator fails on request: serve with --upstream simulator.";
 }
 
 /** The fault for the next answer, as `{ script, label }`; chosen once, it comes once. */

@@ -16,7 +16,7 @@ So why is it not violet?
 2. Some of it is absorbed high up.
 3. Our eyes are *less sensitive* to it.
 
-> In the evening the light comes a longer way through the air. The blue is gone before it arrives, and what is left is red.
+> In the evening the light comes a longer way through the air. The blue is gone before it arrives, and red is left.
 `;
 
 const MERGE = `Walk through both lists at once, and take the smaller head each time:
@@ -43,17 +43,18 @@ Each item is looked at once, so it takes \`O(n + m)\`. The standard library has 
 [\`heapq.merge\`](https://docs.python.org/3/library/heapq.html#heapq.merge), for any number of lists.
 `;
 
-const TALE = [
-  "The lamp had to be wound every four hours, and in forty years Edda had never been late. She counted the turns aloud, " +
-    "for company: a hundred and twelve, and the weight hung under the roof again.",
-  "Out on the water a ship answered. It came every night at the same minute, said nothing but its name, and went on north. " +
-    "She wrote the name into the book, under the hundreds of others that were the same.",
-  "Then, in the worst storm of the winter, the line broke. She wrote what she had heard, and left the rest of the line free.",
-  "In the morning the voice was there again and went on in the middle of its word, as if nothing had been. She had only to " +
-    "dip her pen.",
-];
+const TALE = `The lamp had to be wound every four hours, and in forty years Edda had never been late. She counted the
+turns aloud, for company: a hundred and twelve, and the weight hung under the roof again.
 
-const tale = Array.from({ length: 16 }, (_, night) => `### Night ${night + 1}\n\n${TALE.join("\n\n")}`).join("\n\n");
+Out on the water a ship answered. It came every night at the same minute, said nothing but its name, and went on north.
+She wrote the name into the book, under the hundreds of others that were the same.
+
+Then, in the worst storm of the winter, the line broke. She wrote what she had heard, and left the rest free.
+
+In the morning the voice was there again and went on in the middle of its word, as if nothing had been. She had only to
+dip her pen.`;
+
+const tale = Array.from({ length: 16 }, (_, night) => `### Night ${night + 1}\n\n${TALE}`).join("\n\n");
 
 export const EXAMPLES = [
   { question: "Why is the sky blue?", script: `thinking_tokens=60 text='${SKY}'` },
