@@ -67,7 +67,6 @@ export function prepareDrawer(shown, announce) {
   $("offline").addEventListener("click", () => {
     switchNetwork();
     $("offline").ariaPressed = String(offline());
-    document.body.classList.toggle("offline", offline());
     say(offline() ? "This page is offline." : "This page is online again.");
   });
   $("second").addEventListener("click", () => {
@@ -82,9 +81,8 @@ export function prepareDrawer(shown, announce) {
 function openSecond(answer) {
   answer.element.querySelector(".second .close")?.click();
   const panel = $("reader").content.firstElementChild.cloneNode(true);
-  const [place, close, verdict] = ["code", "button", ".verdict"].map((name) => panel.querySelector(name));
+  const [place, close, verdict] = ["code", ".close", ".verdict"].map((name) => panel.querySelector(name));
   const view = markdown(panel.querySelector(".copied"));
-  close.className = "close";
   answer.element.querySelector(".text").after(panel);
   const chat = resumeChat(answer.chat.id, { fetch: request, onText: (text) => view.append(text) });
   const ticks = setInterval(() => (place.textContent = chat.cursor.replace(/^.*\./, "event ")), 100);
