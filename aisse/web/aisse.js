@@ -1,6 +1,7 @@
 /** aisse.d.ts describes what is exported. */
 
 const END_OF_LINE = /\r\n|\r|\n/;
+const ID = /^[\w-]{22}$/;
 const EVENT_ID = /^([\w-]{22})\.(\d{1,16})$/;
 const QUEUED = 64; // events that wait for an iteration before reading pauses
 const STEADY_MS = 10_000; // a connection that held so long was no failed attempt
@@ -102,7 +103,7 @@ class Chat {
 
   constructor(saved, options = {}) {
     const { id = "", key, body } = saved;
-    if (!id && !(key && body)) throw new TypeError("neither an id nor a question");
+    if (id ? !ID.test(id) : !(key && body)) throw new TypeError("neither an id nor a question");
     this.#options = options;
     this.#url = (options.url ?? "/api/chat").replace(/\/+$/, "");
     new URL(this.#url, globalThis.location?.href); // throws: a wrong one is no network that is down
@@ -453,7 +454,7 @@ export function resumeChat(saved, options) {
 export function savedChat(name) {
   try {
     const saved = JSON.parse(sessionStorage.getItem(name));
-    return saved.id || (saved.key && saved.body) ? saved : undefined;
+    return ID.test(saved.id) || (saved.key && saved.body) ? saved : undefined;
   } catch {
     return undefined; // none, or not allowed
   }

@@ -12,6 +12,7 @@
  * - `div.code`, with data-language where that is known, around the scrolling `pre` around one or more `code`;
  * - `div.table`, which scrolls, around `table`; its cells may have a class `left`, `center` or `right`.
  * Of a block that was cut, what follows has the class `continued`, inside of a list's item or a quote also `nested`.
+ * Of an answer with more elements than a page can hold the rest is not marked up: each block is a `p.plain`.
  * An image is a link with the class `image`. The sheet below has what the promises need; space between the blocks is
  * its `--block-gap`, everything else is up to the page.
  */
@@ -30,6 +31,7 @@ const SHEET = `
     display: block; width: max-content; min-width: 100%; unicode-bidi: plaintext;
     content-visibility: auto; contain-intrinsic-size: auto 1px auto 40rem;
   }
+  .blocks > .plain { white-space: pre-wrap; }
   .blocks .left { text-align: left; }
   .blocks .center { text-align: center; }
   .blocks .right { text-align: right; }
@@ -45,6 +47,9 @@ const GROUP_COST = 6144;
 const FRAME_COST = 8192;
 /** Frames further apart than this mean that layout cost more than was thought: less is done in the next one. */
 const LATE_MS = 35;
+/** What a page can hold and still lay out within a frame; what follows is shown as it was written. */
+const MOST_ELEMENTS = 30_000;
+const SCROLLER_ELEMENTS = 50;
 /** Of one `pre`: beyond it, another one begins. */
 const CODE_PIECES = 64;
 // A frame has 16 milliseconds, and layout and paint need some of them; nobody sees the frames of a hidden tab.
@@ -240,6 +245,19 @@ function morph(old, fresh) {
   return old;
 }
 
+/** Text as it was written. */
+function plain(text) {
+  const node = document.createElement("p");
+  node.className = "plain continued";
+  node.dir = "auto";
+  node.append(text);
+  return node;
+}
+
+/** What scrolls counts for many: the browser keeps a layer for each. */
+const elementsOf = (node) =>
+  1 + node.getElementsByTagName("*").length + SCROLLER_ELEMENTS * node.querySelectorAll("pre, table").length;
+
 function costOf(node) {
   const text = node.textContent;
   return text.length + LINE_COST * text.split("\n").length + ELEMENT_COST * node.getElementsByTagName("*").length;
@@ -362,6 +380,7 @@ class View {
   #seen = 0;
   #group = null;
   #groupCost = 0;
+  #elements = 0;
   /** The nodes of what is not final: the last block, or with an unfinished line after it two. */
   #tail = [];
   /** The `div.code` that a cut left open. */
@@ -421,6 +440,7 @@ class View {
   /** Makes final what is, within the next window; whether the text goes on behind it. */
   #advance() {
     this.#fill();
+    if (this.#elements > MOST_ELEMENTS) return this.#advancePlain();
     const carry = this.#carry;
     let window = this.#source.slice(0, WINDOW_CHARS);
     let lines = window.split("\n");
@@ -448,8 +468,11 @@ class View {
     const tokens = parse(inside, carry, !inLine);
     const starts = tokens.filter(({ level, nesting }) => level === 0 && nesting >= 0).map(({ map }) => map[0]);
     if (starts.length > 1) {
-      this.#commit(this.#render(tokens, carry).slice(0, -1));
-      this.#consume(lines.slice(0, starts.at(-1) - carry.prefix.length), { ...carry, ...between });
+      const blocks = this.#render(tokens, carry).slice(0, -1);
+      const hidden = starts.length - 1 - blocks.length; // of a fence only its end
+      const taken = this.#fitting(blocks);
+      this.#commit(blocks.slice(0, taken));
+      this.#consume(lines.slice(0, starts[hidden + taken] - carry.prefix.length), { ...carry, ...between });
       return true;
     }
     if (!full) return false;
@@ -462,6 +485,23 @@ class View {
     if (inLine) this.#consume([window], next, 0);
     else this.#consume(lines, next);
     return true;
+  }
+
+  #advancePlain() {
+    const window = this.#source.slice(0, WINDOW_CHARS);
+    if (window.length < WINDOW_CHARS) return false;
+    this.#close();
+    const end = window.lastIndexOf("\n") + 1 || cutInLine(window);
+    this.#commit([plain(window.slice(0, end))]);
+    this.#source = this.#source.slice(end);
+    return true;
+  }
+
+  /** How many of `blocks` are marked up: one is the first beyond the limit, however many came at once. */
+  #fitting(blocks) {
+    let elements = this.#elements;
+    const last = blocks.findIndex((block) => (elements += elementsOf(block)) > MOST_ELEMENTS);
+    return last < 0 ? blocks.length : last + 1;
   }
 
   /** Takes as much of what is waiting as a window needs. */
@@ -500,14 +540,23 @@ class View {
 
   /** Shows what is not final. */
   #showTail() {
+    const old = this.#tail.splice(0);
+    const blocks = this.#elements > MOST_ELEMENTS ? this.#plainTail() : this.#markedUpTail();
+    this.#tail = blocks.map((block) => this.#place(block, old));
+    for (const node of old) node.remove();
+  }
+
+  #plainTail() {
+    return this.#source ? [plain(this.#source)] : [];
+  }
+
+  #markedUpTail() {
     const lines = this.#source.split("\n");
     const inside = contents(lines, this.#carry);
     const rest = lines.slice(inside.length);
     const blocks = this.#source ? this.#render(parse(inside, this.#carry, false), this.#carry) : [];
     if (rest.length) blocks.push(...this.#render(parse(rest, nothing, false), nothing));
-    const old = this.#tail.splice(0);
-    this.#tail = blocks.map((block) => this.#place(block, old));
-    for (const node of old) node.remove();
+    return blocks;
   }
 
   /** Puts `block` where it belongs, in the place of the first of `old` if that is there. */
@@ -530,6 +579,7 @@ class View {
     for (const [index, block] of blocks.entries()) {
       const node = this.#place(block, this.#tail);
       const cost = costOf(node);
+      this.#elements += elementsOf(node);
       this.#groupCost += cost;
       this.cost += cost;
       const goesOn = open && index === blocks.length - 1;
