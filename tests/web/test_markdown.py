@@ -337,6 +337,33 @@ def test_list_and_table_beyond_a_window_go_on(page: Page) -> None:
     assert (heads, cells) == (1, 2000)
 
 
+def test_answer_of_too_many_elements_goes_on_as_it_was_written(page: Page) -> None:
+    text = "a|b\n-|-\n*c*|d\n\n" * 600 + "* e\n" * 2000 + "```js\nf\n```\n\n**fin**"
+    html, content, elements, plain = page.evaluate(
+        """(text) => {
+          const it = shown(text);
+          const [first] = it.querySelectorAll(".plain");
+          const all = [...it.querySelectorAll(".blocks > *")];
+          return [it.innerHTML, it.textContent, it.querySelectorAll("*").length, all.length - all.indexOf(first)];
+        }""",
+        text,
+    )
+    assert elements < 10_000
+    assert plain > 1
+    assert content.endswith("* e\n```js\nf\n```\n\n**fin**")
+    assert content.count("c") == content.count("d") == 600
+    assert content.count("e\n") == 2000
+    in_pieces = page.evaluate(
+        """(text) => {
+          const it = view();
+          for (let at = 0; at < text.length; at += 1000) { it.append(text.slice(at, at + 1000)); step(it); }
+          return it.element.innerHTML;
+        }""",
+        text,
+    )
+    assert in_pieces == html
+
+
 def test_final_blocks_are_never_touched_again(page: Page) -> None:
     assert page.evaluate(
         """() => {
