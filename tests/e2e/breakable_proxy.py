@@ -54,7 +54,7 @@ class BreakableProxy:
             connection.reset()
 
     def down(self, *, silently: bool = False) -> None:
-        """Until `up` nothing comes through. Connections are reset; `silently`, streams are just never heard of again."""
+        """Until `up` nothing comes through. Connections are reset; `silently`, streams are just not heard of again."""
         self._down = True
         for connection in list(self._connections):
             self.broken += connection.streaming

@@ -67,7 +67,7 @@ async def process(folder: Path, *arguments: str) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def launched() -> AsyncIterator[Browser]:
-    """A browser. In its first context, `contexts[0]`, the tabs that are not in front are hidden, as they are for people.
+    """A browser. In its first context, `contexts[0]`, tabs that are not in front are hidden, as they are for people.
 
     In every other context Playwright makes each page believe that it is in front.
     """
@@ -87,10 +87,12 @@ async def launched() -> AsyncIterator[Browser]:
 
 
 @contextlib.asynccontextmanager
-async def opened(browser: Browser, url: str, **options: Any) -> AsyncIterator[Page]:
-    """A page of a context of its own, with those `options`; else as `watched`."""
+async def opened(browser: Browser, url: str, *, init: str = "", **options: Any) -> AsyncIterator[Page]:
+    """A page of a context of its own, with those `options`, where `init` runs before any script; else as `watched`."""
     context = await browser.new_context(**options)
     try:
+        if init:
+            await context.add_init_script(init)
         async with watched(context, url) as page:
             yield page
     finally:

@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +20,18 @@ from breakable_proxy import BreakableProxy
 from browser import CHROMIUM, launched, opened, watched
 from command import health, refuses_connections, served
 from conftest import eventually
+from rawupstream import (
+    LAST_CHUNK,
+    MESSAGE_STOP,
+    Connection,
+    Request,
+    chunk,
+    delta,
+    head,
+    message_delta,
+    message_start,
+    raw_upstream,
+)
 
 from aisse.simulator import Script
 from nginx import Nginx, found, nginx
@@ -66,7 +80,7 @@ def binary() -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def simulated() -> AsyncIterator[Command]:
     """A server with its own simulator, for what breaks neither."""
-    async with served("--upstream", "simulator", "--tokens", "20", "--heartbeat-s", "1") as running:
+    async with served("--upstream", "simulator", "--heartbeat-s", "1") as running:
         yield running
 
 
@@ -257,3 +271,427 @@ async def behind_a_proxy_that_is_killed(browser: Browser, binary: Path, aisse: C
 async def kill(server: Nginx) -> None:
     os.killpg(server.process.pid, signal.SIGKILL)
     await server.process.wait()
+
+
+# --- servers that end -----------------------------------------------------------------------------------------------
+
+# The pauses between attempts are drawn by chance; here they come out short.
+SHORT_PAUSES = "Math.random = () => 0.001;"
+LONGEST_PAUSE_MS = 10  # the page's ten seconds, times that
+
+
+class Upstream:
+    """An LLM that says the first half of its answer, and the rest when it may."""
+
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+
+    async def answer(self, _: Request, connection: Connection) -> None:
+        half = len(WORDS) // 2
+        connection.send(head(), chunk(message_start() + delta(WORDS[:half])))
+        await self.may_end.wait()
+        connection.send(chunk(delta(WORDS[half:]) + message_delta() + MESSAGE_STOP), LAST_CHUNK)
+
+
+async def test_answer_of_a_server_that_is_killed_is_kept_and_asked_for_again(browser: Browser) -> None:
+    upstream = Upstream()
+    async with (
+        raw_upstream(upstream.answer) as llm,
+        served("--upstream", llm.url) as killed,
+        opened(browser, killed.url + "/", init=SHORT_PAUSES) as page,
+    ):
+        await ask(page, "Why?")
+        await begun(page)
+        killed.process.kill()
+        await killed.exit()
+        async with turning_away(killed.address) as turned_away:
+            await settled(page, "lost")
+            kept = await shown(page)
+            assert kept == WORDS[: len(WORDS) // 2].rstrip()
+            problem = page.locator("article.answer .problem")
+            assert re.search("The connection was lost.*Reconnect", await problem.text_content() or "")
+            assert await page.locator("#prompt").is_enabled()
+            # Some attempts met nobody; each of the others may have been two connections.
+            attempts = len(turned_away)
+            assert 0 < attempts <= 22
+            await page.evaluate("(ms) => new Promise((later) => setTimeout(later, ms))", 50 * LONGEST_PAUSE_MS)
+            assert len(turned_away) == attempts
+        async with served("--upstream", llm.url, "--port", str(killed.address[1])):
+            await page.get_by_role("button", name="Reconnect").click()
+            await until(page, "document.querySelector('.problem').textContent.includes('no longer has')")
+            await settled(page, "lost")
+            assert await shown(page) == kept
+            assert not await page.get_by_role("button", name="Reconnect").is_visible()
+            upstream.may_end.set()
+            await page.get_by_role("button", name="Try again").click()
+            await settled(page)
+            assert await shown(page) == WORDS
+            assert await page.locator(".question").count() == 1
+            assert not await problem.is_visible()
+            assert len(llm.requests) == 2
+
+
+@contextlib.asynccontextmanager
+async def turning_away(address: tuple[str, int]) -> AsyncIterator[list[None]]:
+    """Listens in place of a server that is gone, and ends each connection; one item for each."""
+    came: list[None] = []
+
+    def turn_away(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(None)
+        writer.transport.abort()
+
+    listener = await asyncio.start_server(turn_away, *address)
+    try:
+        yield came
+    finally:
+        listener.close()
+        await listener.wait_closed()
+
+
+async def test_native_eventsource_as_in_the_readme_resumes_and_stops_by_itself(browser: Browser) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    (code,) = [code for code in re.findall(r"```js\n(.*?)```", readme.read_text(), re.DOTALL) if "EventSource" in code]
+    assert len(code.splitlines()) <= 10
+    async with (
+        served("simulate", "--tokens", "60", "--pace", "40") as llm,
+        served("--upstream", llm.url) as aisse,
+        BreakableProxy(aisse.address) as proxy,
+        opened(browser, proxy.url + "/") as page,
+    ):
+        logged: list[str] = []
+        page.on("console", lambda message: logged.append(message.text) if message.type == "log" else None)
+        run = (
+            "async () => { const answer = window.answer = document.createElement('p');"
+            + code
+            + "window.source = source; }"
+        )
+        await page.evaluate(run)
+        await until(page, "answer.textContent.length > 50")
+        proxy.reset()
+        await until(page, "source.readyState === EventSource.CONNECTING")
+        assert await page.evaluate("answer.textContent.length") < len(Script(tokens=60).answer())
+        # It is told that there is nothing more by the answer to one attempt after the end.
+        await until(page, "source.readyState === EventSource.CLOSED")
+        assert await page.evaluate("answer.textContent") == Script(tokens=60).answer()
+        assert logged == ["complete"]
+        assert (proxy.broken, proxy.streams) == (1, 2)
+        assert await generations(llm) == 1
+
+
+async def test_server_that_shuts_down_ends_its_answer_and_the_other_takes_questions(
+    browser: Browser, binary: Path
+) -> None:
+    upstream = Upstream()
+    async with (
+        raw_upstream(upstream.answer) as llm,
+        served("--upstream", llm.url, "--open") as one,
+        served("--upstream", llm.url, "--open") as other,
+        nginx(binary, [one.address, other.address]) as front,
+        aiohttp.ClientSession() as client,
+        opened(browser, front.url + "/") as page,
+    ):
+        await ask(page, "Why?")
+        await begun(page)
+        running = [(await health(client, instance))["activeStreams"] for instance in (one, other)]
+        assert sorted(running) == [0, 1]
+        ending, staying = (one, other) if running[0] else (other, one)
+        ending.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(WAIT_MS / 1000):
+            while not await refuses_connections(ending):
+                await asyncio.sleep(0.005)
+        async with opened(browser, front.url + "/") as later:
+            await ask(later, "Why then?")
+            await begun(later)
+            # The first one goes on at its old place while the other begins.
+            await state(page, "streaming")
+            assert (await health(client, staying))["activeStreams"] == 1
+            upstream.may_end.set()
+            for each in (page, later):
+                await settled(each)
+                assert await shown(each) == WORDS
+                assert await reconnects(each) == 0
+        assert await ending.exit() == 0
+        assert len(llm.requests) == 2
+
+
+# --- hostile answers ------------------------------------------------------------------------------------------------
+
+EVENTS_A_SECOND = 200
+EVENTS = 3 * EVENTS_A_SECOND
+FRAME_MS = 50
+HOSTILE = f"""
+<script>ran = 1</script><img src=x onerror="ran = 1"><svg onload="ran = 1">
+<iframe srcdoc="<script>top.ran = 1</script>"></iframe><a href="javascript:ran = 1" autofocus onfocus="ran = 1">a</a>
+<style>* {{ display: none }}</style><base href=http://evil.example>
+
+[a](javascript:ran=1) [b](JaVaScRiPt:ran=1) [c](java&#x73;cript:ran=1) [d](data:text/html,<script>ran=1</script>)
+<javascript:ran=1> [e](vbscript:ran) [f](//evil.example) [g](https://good.example "x\\" onclick=ran=1 y=\\"")
+![h](https://evil.example/pixel.png) ![i](data:image/svg+xml,<svg/onload=ran=1>)
+
+\u202etxt.exe \u2067 \u2066 unclosed, שלום and مرحبا
+
+{"> " * 500}deep {"*" * 2000}a {"[" * 2000} {"`" * 999}
+
+"""
+CODE = "\n```js\n" + "const ran = 1;\n" * 20_000 + "```\n\n"
+TABLE = "\n|a|b|\n|-|-|\n" + "|c|<b>d|\n" * 5_000
+LINE = "word " * 160_000
+UNBROKEN = "x" * 200_000 + "\n\n"
+ANSWER = f"{HOSTILE}{LINE}end\n\n{HOSTILE}{CODE}{HOSTILE}{UNBROKEN}{TABLE}{HOSTILE}{LINE}End."
+
+OBSERVE = """
+window.frames = [];
+window.longTasks = [];
+new PerformanceObserver((list) => longTasks.push(...list.getEntries().map(({ duration }) => duration)))
+  .observe({ type: "longtask" });
+let before = 0;
+requestAnimationFrame(function frame(now) {
+  if (before) frames.push(now - before);
+  before = now;
+  requestAnimationFrame(frame);
+});
+"""
+
+FOUND = """() => {
+  const text = document.querySelector(".text");
+  return {
+    ran: window.ran,
+    elements: [...text.querySelectorAll("script, img, svg, iframe, style, base, object, embed, form, input")].length,
+    handlers: [...text.querySelectorAll("*")].flatMap((node) =>
+      node.getAttributeNames().filter((name) => /^on|^style$|^src/.test(name))),
+    links: [...new Set([...text.querySelectorAll("a")].map(({ href }) => href))].sort(),
+    counts: ["word ", "const ran = 1;", "x".repeat(200000), "<script>ran = 1", "txt.exe", "<b>d"].map(
+      (words) => text.textContent.split(words).length - 1),
+    end: text.textContent.slice(-4),
+    wide: document.documentElement.scrollWidth > innerWidth,
+  };
+}"""
+
+
+async def test_hostile_answer_neither_runs_nor_freezes_the_page(browser: Browser) -> None:
+    """Two megabytes at 200 events a second. The page's own work counts: what else the machine does is not its fault."""
+    pieces = [ANSWER[len(ANSWER) * n // EVENTS : len(ANSWER) * (n + 1) // EVENTS] for n in range(EVENTS)]
+    begin = asyncio.Event()
+
+    async def say(_: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(message_start()))
+        await begin.wait()
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        for number, piece in enumerate(pieces):
+            await asyncio.sleep(start + number / EVENTS_A_SECOND - loop.time())
+            connection.send(chunk(delta(piece)))
+            await connection.drain()
+        connection.send(chunk(message_delta() + MESSAGE_STOP), LAST_CHUNK)
+
+    async with (
+        raw_upstream(say) as llm,
+        served("--upstream", llm.url) as aisse,
+        opened(browser, aisse.url + "/") as page,
+    ):
+        await ask(page, "Break it")
+        await state(page, "streaming")
+        await browser.start_tracing(page=page, categories=["toplevel", "__metadata"])
+        await page.evaluate(OBSERVE)
+        begin.set()
+        await settled(page)
+        frames, long_tasks = await page.evaluate("[frames, longTasks]")
+        tasks = cpu_ms(await browser.stop_tracing())
+        found = await page.evaluate(FOUND)
+    assert found["ran"] is None
+    assert (found["elements"], found["handlers"], found["wide"]) == (0, [], False)
+    assert found["links"] == ["http://evil.example/", "https://evil.example/pixel.png", "https://good.example/"]
+    assert found["counts"] == [320_000, 20_000, 1, 4, 4, 5_000]
+    assert found["end"] == "End."
+    figures = {"longest frame": max(frames), "long tasks": long_tasks, "tasks, longest CPU": tasks[-3:]}
+    print(figures)  # noqa: T201 - the figures
+    assert tasks[-1] < FRAME_MS, figures
+
+
+def cpu_ms(trace: bytes) -> list[float]:
+    """What each task of the main threads took, in milliseconds of their own time, ascending."""
+    events = json.loads(trace)["traceEvents"]
+    mains = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
+    }
+    return sorted(
+        event.get("tdur", 0) / 1000
+        for event in events
+        if event["name"] == "ThreadControllerImpl::RunTask" and (event["pid"], event["tid"]) in mains
+    )
+
+
+# --- people ---------------------------------------------------------------------------------------------------------
+
+AXE = Path(__file__).parent / "axe"
+INSTALL_S = 150
+MARKDOWN = (
+    "# A\n\nb *c* `d` [e](https://f.example)\n\n```python\ng = 1\n```\n\n|h|i|\n|-|-|\n|j|k|\n\n> l\n\n1. m\n\n- n\n"
+)
+ENDED = f"[[thinking_tokens=5 pace=0 text='{MARKDOWN}']]"
+
+# What a violation says: its rule, how bad it is, and where.
+CHECK = """async () => {
+  const { violations } = await axe.run(document, { resultTypes: ["violations"] });
+  return violations.filter(({ impact }) => impact === "serious" || impact === "critical").map(
+    ({ id, impact, nodes }) => `${impact}: ${id}: ${nodes.map(({ html }) => html).join(" ")}`);
+}"""
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """The source of axe-core."""
+    folder = AXE / "node_modules" / "axe-core"
+    manifest = folder / "package.json"
+    wanted = json.loads((AXE / "package.json").read_text())["dependencies"]["axe-core"]
+    if not manifest.exists() or json.loads(manifest.read_text())["version"] != wanted:
+        npm = shutil.which("npm")
+        if npm is None:
+            missing("npm is not installed", "node")
+        options = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline"]
+        try:
+            done = subprocess.run(
+                [npm, "install", *options], cwd=AXE, capture_output=True, text=True, check=False, timeout=INSTALL_S
+            )
+        except subprocess.TimeoutExpired:
+            missing(f"npm install takes longer than {INSTALL_S} seconds; is the registry reachable?", "node")
+        if done.returncode:
+            missing("npm install failed: " + done.stderr.strip()[-300:], "node")
+    return (folder / "axe.min.js").read_text()
+
+
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark", "viewport": {"width": 360, "height": 640}}], ids=str)
+async def test_page_has_no_serious_violation_of_accessibility(
+    browser: Browser, simulated: Command, axe: str, options: dict[str, Any]
+) -> None:
+    """In each of its states: wide and light, narrow and dark."""
+    async with opened(browser, simulated.url + "/", reduced_motion="reduce", **options) as page:
+        await page.evaluate(axe)
+        found: dict[str, list[str]] = {}
+
+        async def check(what: str) -> None:
+            found[what] = await page.evaluate(CHECK)
+
+        await check("empty")
+        await ask(page, "[[pace=0 thinking_tokens=3 fault=stall at=30]]")
+        await begun(page, 1)
+        await check("streaming")
+        await page.locator("#send").click()
+        await settled(page)
+        await check("stopped")
+        await ask(page, ENDED)
+        await settled(page)
+        await check("ended")
+        await ask(page, "[[fault=error at=9]]")
+        await settled(page)
+        await check("error")
+        await page.locator("#drawer-toggle").click()
+        await check("drawer")
+        await page.keyboard.press("Escape")
+        # Where there is room the history is always there.
+        if await page.locator("#history-toggle").is_visible():
+            await page.locator("#history-toggle").click()
+        await check("history")
+    assert {what: violations for what, violations in found.items() if violations} == {}
+    assert len(found) == 7
+
+
+# What can be operated, and the looks of one of them: its own, and those of what is around it.
+OPERABLE = """() => {
+  const all = document.querySelectorAll("a[href], button, input, select, textarea, summary, [tabindex]");
+  const seen = (node) => node.checkVisibility({ visibilityProperty: true });
+  window.operable = [...all].filter((node) => node.tabIndex >= 0 && !node.disabled && seen(node));
+  window.looks = (node) => node && [node, node.parentElement].map((one) => {
+    const { outline, boxShadow, borderColor, backgroundColor } = getComputedStyle(one);
+    return [outline, boxShadow, borderColor, backgroundColor].join();
+  }).join(" ");
+  return operable.map((node) => node.outerHTML.slice(0, 60));
+}"""
+FOCUSED = """() => {
+  const index = operable.indexOf(document.activeElement);
+  return [index, looks(operable[index])];
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_everything_is_reached_by_tab_in_order_and_shows_its_focus(
+    browser: Browser, simulated: Command, width: int
+) -> None:
+    async with opened(browser, simulated.url + "/", viewport={"width": width, "height": 640}) as page:
+        await ask(page, ENDED)
+        await settled(page)
+        await page.locator("#drawer-toggle").click()
+        await page.locator("#prompt").fill("once more")
+        await page.evaluate("() => document.activeElement.blur()")
+        operable = await page.evaluate(OPERABLE)
+        focused: dict[int, str] = {}
+        for _ in range(2 * len(operable)):
+            await page.keyboard.press("Tab")
+            index, looks = await page.evaluate(FOCUSED)
+            if index >= 0:  # else it has left the page
+                focused.setdefault(index, looks)
+        # It goes on from where the focus was.
+        start = [*focused].index(0)
+        assert [*focused][start:] + [*focused][:start] == list(range(len(operable))), operable
+        await page.evaluate("() => document.activeElement.blur()")
+        plain = await page.evaluate("operable.map(looks)")
+        assert [operable[index] for index, looks in focused.items() if plain[index] == looks] == []
+        assert len(operable) >= 15
+
+
+async def test_page_is_used_by_keyboard_alone(browser: Browser, simulated: Command) -> None:
+    async with opened(browser, simulated.url + "/", viewport={"width": 360, "height": 640}) as page:
+
+        async def go_to(selector: str) -> None:
+            for _ in range(40):
+                if await page.evaluate("(to) => document.activeElement.matches(to)", selector):
+                    return
+                await page.keyboard.press("Tab")
+            raise AssertionError(f"{selector} is not reached")
+
+        async def focused() -> str:
+            name: str = await page.evaluate("document.activeElement.id")
+            return name
+
+        # The focus is where one writes, from the beginning.
+        await page.keyboard.type("[[tokens=40 pace=0 fault=stall at=30]]")
+        await page.keyboard.press("Shift+Enter")
+        await page.keyboard.type("one")
+        await page.keyboard.press("Enter")
+        await begun(page, 10)
+        assert await page.locator(".question").text_content() == "[[tokens=40 pace=0 fault=stall at=30]]\none"
+        await page.keyboard.press("Escape")
+        await settled(page)
+        kept = await shown(page)
+        assert answer("").startswith(kept)
+        assert kept != ""
+        assert await focused() == "prompt"
+        await go_to(".again")
+        await page.keyboard.press("Enter")
+        await begun(page, 10)
+        await go_to("#send")
+        assert await page.locator("#send").text_content() == "Stop"
+        await page.keyboard.press("Enter")
+        await settled(page)
+        assert await focused() == "prompt"
+        await go_to("#drawer-toggle")
+        await page.keyboard.press("Enter")
+        await go_to("#second")
+        await page.keyboard.press("Enter")
+        await page.locator(".second[data-same=true]").wait_for(timeout=WAIT_MS)
+        await go_to("#drop")
+        await page.keyboard.press("Escape")
+        assert not await page.locator("#drawer").is_visible()
+        assert await focused() == "drawer-toggle"
+        await go_to("#new")
+        await page.keyboard.press("Enter")
+        assert await focused() == "prompt"
+        assert await page.locator(".question").count() == 0
+        await go_to("#history-toggle")
+        await page.keyboard.press("Enter")
+        await go_to("#history li button")
+        await page.keyboard.press("Enter")
+        assert await page.locator(".question").count() == 1
+        assert await shown(page) == kept
