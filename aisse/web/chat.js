@@ -38,6 +38,7 @@ const page = {
   toPrompt,
 };
 
+const unstored = new Set(); // conversations whose last answer has just ended
 const visited = new Map(); // conversations that were on show since the page was loaded, by id
 let shown;
 let upstream;
@@ -97,7 +98,13 @@ function finished(answer) {
   const end = problem || (answer.stopping ? "Stopped." : "Answer complete.");
   const { length } = answer.text;
   announce(`${end} ${length > READ_ALOUD_CHARS ? `${length.toLocaleString("en")} characters.` : answer.text}`);
-  for (const conversation of visited.values()) if (conversation.last === answer) conversation.store();
+  for (const conversation of visited.values()) if (conversation.last === answer) unstored.add(conversation);
+  setTimeout(storeAll); // megabytes take as long as a frame
+}
+
+function storeAll() {
+  for (const conversation of unstored) conversation.store();
+  unstored.clear();
 }
 
 // --- asking ---------------------------------------------------------------------------------------------------------
@@ -228,7 +235,8 @@ $("to-end").addEventListener("click", () => {
 // --- beginning and end of the page ----------------------------------------------------------------------------------
 
 window.addEventListener("pagehide", () => {
-  for (const conversation of visited.values()) if (conversation.busy) conversation.store();
+  for (const conversation of visited.values()) if (conversation.busy) unstored.add(conversation);
+  storeAll();
 });
 
 const named = { simulator: "the built-in simulator: scripted text, no model", local: "a small model on this machine" };

@@ -421,8 +421,19 @@ class View {
     });
   }
 
-  /** One step; whether there is another one. */
+  /** One step; whether there is another one. Text that the parser fails at is shown as it was written. */
   step() {
+    try {
+      return this.#step();
+    } catch (error) {
+      if (this.#elements === Infinity) throw error;
+      this.#elements = Infinity;
+      reportError(error);
+      return true;
+    }
+  }
+
+  #step() {
     if (this.#advance()) return true;
     if (!this.#shown) {
       this.#showTail();
