@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,6 +33,7 @@ from rawupstream import (
     message_start,
     raw_upstream,
 )
+from screenshots import take
 
 from aisse.simulator import Script
 from nginx import Nginx, found, nginx
@@ -50,9 +52,9 @@ OFFLINE_S = 2.0
 RESET_EVERY_S = 0.5
 
 # Plain words, so that the page shows them as they are; each place has its own.
-WORDS = " ".join(f"{number} Wörter 漢字 слова 🙂" for number in range(60))
+WORDS = " ".join(f"{number} Wörter 漢字 слова 🙂" for number in range(44))
 LONG = f"[[pace=40 text='{WORDS}']]"
-"""Some six seconds of answer."""
+"""Some five seconds of answer."""
 
 
 def missing(reason: str, what: str) -> NoReturn:
@@ -695,3 +697,119 @@ async def test_page_is_used_by_keyboard_alone(browser: Browser, simulated: Comma
         await page.keyboard.press("Enter")
         assert await page.locator(".question").count() == 1
         assert await shown(page) == kept
+
+
+# --- what the page offers -------------------------------------------------------------------------------------------
+
+
+async def test_drawer_breaks_things_and_nothing_is_lost(browser: Browser, simulated: Command) -> None:
+    question = "[[tokens=150 pace=50]]"
+    async with opened(browser, simulated.url + "/") as page:
+        await page.locator("#drawer-toggle").click()
+        await ask(page, question)
+        await begun(page, 10)
+        await page.locator("#drop").click()
+        await until(page, "document.querySelector('#reconnects').textContent === '1'")
+        offline = page.locator("#offline")
+        await offline.click()
+        assert await offline.get_attribute("aria-pressed") == "true"
+        await page.get_by_text(
+            re.compile("^(Connection lost|Not connected), trying again .*You are offline")
+        ).wait_for()
+        before = await shown(page)
+        assert before != answer(question)
+        await offline.click()
+        assert await offline.get_attribute("aria-pressed") == "false"
+        await begun(page, len(before) + 1)
+        await page.locator("#second").click()
+        await page.locator("#silence").get_by_text(re.compile("^[0-9.]+ s ago$")).wait_for()
+        await until(page, "+document.querySelector('#tokens-rate').textContent > 0")
+        await settled(page)
+        assert await shown(page) == answer(question)
+        assert await reconnects(page) == 2
+        assert re.fullmatch(r"[\w-]{22}\.[0-9]+", await page.locator("#last-id").get_attribute("title") or "")
+        await page.locator(".second[data-same=true]").wait_for(timeout=WAIT_MS)
+        assert await page.locator(".second .copied").text_content() == answer(question)
+
+        await page.locator("#fault").select_option("error")
+        await ask(page, "[[pace=0]]")
+        await settled(page)
+        kept = await shown(page)
+        assert answer("").startswith(kept)
+        assert "overloaded" in (await page.locator(".problem").last.text_content() or "")
+        # It comes once.
+        await page.get_by_role("button", name="Try again").click()
+        await settled(page)
+        assert await shown(page) == answer("")
+        assert await page.locator(".question").count() == 2
+
+
+async def test_conversations_and_a_stopped_answer_are_there_after_a_reload(
+    browser: Browser, simulated: Command
+) -> None:
+    async with opened(browser, simulated.url + "/", permissions=["clipboard-read", "clipboard-write"]) as page:
+        await ask(page, ENDED)
+        await settled(page)
+        await page.get_by_role("button", name="Copy", exact=True).click()
+        assert await page.evaluate("navigator.clipboard.readText()") == answer(ENDED)
+        whole = await shown(page)
+        await page.locator("#new").click()
+        await ask(page, "[[tokens=300 pace=30]] second")
+        await begun(page, 20)
+        await page.get_by_role("button", name="Stop").click()
+        await settled(page)
+        stopped = await shown(page)
+        assert answer("[[tokens=300]]").startswith(stopped)
+        assert 20 <= len(stopped) < len(answer("[[tokens=300]]"))
+        assert not await page.locator(".problem").is_visible()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        await page.reload()
+        assert await shown(page) == stopped
+        # The last one first.
+        await page.locator("#history li button").nth(1).click()
+        assert await page.locator(".question").text_content() == ENDED
+        await until(page, f"document.querySelector('.text').textContent.length === {len(whole)}")
+        assert await shown(page) == whole
+        assert await page.locator(".thoughts").text_content() == Script.parse(ENDED, Script()).thinking()
+        assert not [url for url in asked if "/api/" in url]
+
+
+async def test_question_without_access_token_asks_for_it_and_is_not_lost(browser: Browser) -> None:
+    token = "a-token-of-some-length"
+    environ = {"AISSE_ACCESS_TOKENS": token}
+    async with (
+        served("--upstream", "simulator", environ=environ) as aisse,
+        opened(browser, aisse.url + "/") as page,
+    ):
+        await ask(page, "[[tokens=5]]")
+        await page.locator("#access").wait_for()
+        assert await page.locator("#prompt").input_value() == "[[tokens=5]]"
+        assert await page.evaluate("document.activeElement.id") == "token"
+        assert await page.locator(".question").count() == 0
+        await page.keyboard.type(token)
+        await page.keyboard.press("Enter")
+        await settled(page)
+        assert await shown(page) == answer("[[tokens=5]]")
+        assert await page.locator("#prompt").input_value() == ""
+        assert not await page.locator("#access").is_visible()
+        assert token not in await page.evaluate("JSON.stringify([{...sessionStorage}, {...localStorage}])")
+
+
+async def test_page_is_not_there_where_it_is_switched_off() -> None:
+    async with served("--upstream", "simulator", "--no-page") as aisse, aiohttp.ClientSession() as client:
+        statuses = {}
+        for path in ("/", "/chat.js", "/aisse.js", "/health"):
+            async with client.get(aisse.url + path) as response:
+                statuses[path] = response.status
+        assert statuses == {"/": 404, "/chat.js": 404, "/aisse.js": 200, "/health": 200}
+
+
+async def test_screenshots_are_taken(browser: Browser, tmp_path: Path) -> None:
+    expected = {"empty": (1200, 800), "narrow-history": (360, 740)}
+    await take(browser, tmp_path, expected)
+    assert {name: size(tmp_path / f"{name}.png") for name in expected} == expected
+
+
+def size(png: Path) -> tuple[int, ...]:
+    return struct.unpack(">II", png.read_bytes()[16:24])
