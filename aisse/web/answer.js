@@ -230,9 +230,10 @@ export class Answer {
     notice.hidden = !error;
     if (!error) return;
     const left = this.#nextAt - performance.now();
-    const cause = navigator.onLine && !offline() ? error.message : "You are offline.";
+    const known = error.kind === "unreachable" ? "" : sentence(error.message);
+    const cause = navigator.onLine && !offline() ? known : "You are offline.";
     words.textContent = `${this.#streams ? "Connection lost" : "Not connected"}, trying again ` +
-      `${left > 0 ? `in ${Math.ceil(left / 1000)} s` : "now"}. ${sentence(cause)}`;
+      `${left > 0 ? `in ${Math.ceil(left / 1000)} s` : "now"}. ${cause}`;
     if (left > 0) this.#countdown = setTimeout(() => this.#notice(error), Math.min(1000, left));
   }
 

@@ -178,7 +178,7 @@ for (const name of Object.keys(panels)) panels[name].addEventListener("click", (
 const leaveHistory = (to) => to && !$("history").contains(to) && to !== panels.history && close("history");
 $("history").addEventListener("focusout", ({ relatedTarget }) => leaveHistory(relatedTarget));
 document.addEventListener("pointerdown", ({ target }) => leaveHistory(target));
-$("drawer-close").addEventListener("click", () => close("drawer"));
+for (const name of Object.keys(panels)) $(`${name}-close`).addEventListener("click", () => close(name));
 $("new").addEventListener("click", () => {
   if (shown.last) show(new Conversation(page));
   $("prompt").focus();

@@ -6,13 +6,13 @@ import { offline, request, switchNetwork } from "./network.js";
 /** What the simulator is told, and what to watch for. */
 const FAULTS = {
   none: ["None", "", "The answer comes as it should."],
-  error: ["An error in mid-answer", "fault=error at=60", "Watch: the error is named, the text stays."],
+  error: ["An error in mid-answer", "fault=error at=90", "Watch: the error is named, the text stays."],
   cut: ["The model's connection breaks", "fault=cut at=9000",
     "Watch: a broken answer is never passed off as a whole one: it ends as truncated."],
-  stall: ["The model falls silent", "fault=stall at=60",
+  stall: ["The model falls silent", "fault=stall at=90",
     "Watch: heartbeats go on, so the silence is the model's, not the connection's. Stop it when you like."],
-  garbage: ["Noise instead of events", "fault=garbage at=60", "Watch: none of it reaches this page."],
-  huge: ["An event of two megabytes", "fault=huge at=60", "Watch: the server's limit holds, and says so."],
+  garbage: ["Noise instead of events", "fault=garbage at=90", "Watch: none of it reaches this page."],
+  huge: ["An event of two megabytes", "fault=huge at=90", "Watch: the server's limit holds, and says so."],
   slow: ["A slow model", "pace=4", "Watch: each word is shown when it comes; nothing waits for a full buffer."],
   long: ["A long, fast answer", "tokens=6000 pace=200", "Watch: 200 events a second, and the page stays at ease."],
   thinking: ["Much thinking first", "thinking_tokens=200", "Watch: thinking is shown apart, and folds itself up."],
