@@ -125,4 +125,5 @@ async def watched(context: BrowserContext, url: str) -> AsyncIterator[Page]:
         yield page
     finally:
         await page.close()
-    assert [what for what in trouble if not what.startswith((origin, "data:", "blob:"))] == []
+    trouble = [what for what in trouble if not what.startswith((origin, "data:", "blob:"))]
+    assert not trouble, trouble

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import ssl
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ import aiohttp
 import httpx
 import pytest
 from aiohttp import web
+from browser import CHROMIUM, process
 from conftest import Server, prompt, serving
 from cutting_proxy import CuttingProxy, Line, Part, Place
 from httpx_sse import aconnect_sse
@@ -372,26 +372,12 @@ async def read_again_until_it_ends(client: httpx.AsyncClient, url: str, *, key: 
 
 # --- a browser ------------------------------------------------------------------------------------------------
 
-# As root it needs --no-sandbox; the others keep it from calling home.
-CHROMIUM_FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--no-proxy-server",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 BROWSER_SOCKETS = 200  # it has 256 for all hosts together
 
 
 async def test_native_eventsource_misses_nothing_and_stops(simulator: Simulator, tmp_path: Path) -> None:
     """It is not cut within the head: Chromium takes half a head for a whole one, and what it lacks for a refusal."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    if CHROMIUM is None:
         missing("chromium is not installed", "chromium")
     async with (
         Page() as page,
@@ -411,7 +397,7 @@ async def test_native_eventsource_misses_nothing_and_stops(simulator: Simulator,
         lines = await bench.lines(places)
         page.job = job(bench, lines, at_once=BROWSER_SOCKETS)
         page.expected = len(lines)
-        async with browser(chromium, tmp_path, page.origin):
+        async with process(tmp_path, page.origin):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RUN_S):
                     await page.complete.wait()
@@ -455,24 +441,3 @@ class Page:
         if len(self.outcomes) == self.expected:
             self.complete.set()
         return web.Response(status=204)
-
-
-@contextlib.asynccontextmanager
-async def browser(chromium: str, folder: Path, url: str) -> AsyncIterator[None]:
-    """Chromium with a new profile in `folder`, showing `url`; it and the processes that it started end with this."""
-    process = await asyncio.create_subprocess_exec(
-        chromium,
-        *CHROMIUM_FLAGS,
-        f"--user-data-dir={folder}",
-        url,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args
 
 import pytest
 import rawupstream
+from browser import CHROMIUM, launched
 from command import ending, served
 from conftest import eventually, prompt
 from front import Client, Way, connect, context
-from playwright.async_api import async_playwright
 from rawclient import parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Request, chunk, delta, head, message_start, raw_upstream
 
@@ -847,8 +846,7 @@ def asked_of(server: Nginx) -> Counter[str]:
 
 
 async def test_one_browser_origin_has_30_streams_at_once_by_http2_and_six_without(binary: Path) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    if CHROMIUM is None:
         missing("chromium is not installed", "chromium")
     upstream = Upstream()
     async with (
@@ -857,24 +855,20 @@ async def test_one_browser_origin_has_30_streams_at_once_by_http2_and_six_withou
         served("--upstream", llm.url, "--open") as aisse,
         nginx(binary, [aisse.address]) as plain,
         nginx(binary, [aisse.address], tls=True) as secure,
-        async_playwright() as playwright,
+        launched() as browser,
     ):
-        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--no-proxy-server"])
-        try:
-            for server, at_once in ((secure, 30), (plain, 6)):
-                llm.requests.clear()
-                page = await (await browser.new_context(ignore_https_errors=True)).new_page()
-                await page.goto(server.url)
-                for number in range(30):
-                    upstream.tokens[f"tab {number}"].put_nowait("token")
-                await page.evaluate(ASK, 30)
-                await page.wait_for_function("(count) => window.begun >= count", arg=at_once, timeout=30_000)
-                # None has ended: they run at the same time.
-                assert len(llm.requests) == at_once
-                for number in range(30):
-                    upstream.tokens[f"tab {number}"].put_nowait(None)
-                await page.wait_for_function("() => window.complete === 30", timeout=30_000)
-        finally:
-            await browser.close()
+        for server, at_once in ((secure, 30), (plain, 6)):
+            llm.requests.clear()
+            page = await (await browser.new_context(ignore_https_errors=True)).new_page()
+            await page.goto(server.url)
+            for number in range(30):
+                upstream.tokens[f"tab {number}"].put_nowait("token")
+            await page.evaluate(ASK, 30)
+            await page.wait_for_function("(count) => window.begun >= count", arg=at_once, timeout=30_000)
+            # None has ended: they run at the same time.
+            assert len(llm.requests) == at_once
+            for number in range(30):
+                upstream.tokens[f"tab {number}"].put_nowait(None)
+            await page.wait_for_function("() => window.complete === 30", timeout=30_000)
         # A line is written after the last byte of its answer.
         await eventually(lambda: asked_of(plain) == {"HTTP/1.1": 30} and asked_of(secure) == {"HTTP/2.0": 30})

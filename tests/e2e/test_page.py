@@ -33,10 +33,10 @@ from rawupstream import (
     message_start,
     raw_upstream,
 )
-from screenshots import take
 
 from aisse.simulator import Script
 from nginx import Nginx, found, nginx
+from screenshots import take
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -205,7 +205,9 @@ BREAKS: list[Callable[[Page, BreakableProxy], Awaitable[None]]] = [
 
 async def test_answer_is_whole_however_its_connection_breaks(browser: Browser, binary: Path) -> None:
     """All at the same time, each on a page and a connection of its own."""
-    async with served("simulate") as llm, served("--upstream", llm.url, "--open") as aisse:
+    # Heartbeats that are rarer than anything waits for: none of them saves what ought to come back by itself.
+    rare = ("--heartbeat-s", "100")
+    async with served("simulate") as llm, served("--upstream", llm.url, "--open", *rare) as aisse:
 
         async def broken(how: Callable[[Page, BreakableProxy], Awaitable[None]]) -> None:
             async with BreakableProxy(aisse.address) as proxy, opened(browser, proxy.url + "/") as page:
@@ -606,8 +608,8 @@ OPERABLE = """() => {
   const seen = (node) => node.checkVisibility({ visibilityProperty: true });
   window.operable = [...all].filter((node) => node.tabIndex >= 0 && !node.disabled && seen(node));
   window.looks = (node) => node && [node, node.parentElement].map((one) => {
-    const { outline, boxShadow, borderColor, backgroundColor } = getComputedStyle(one);
-    return [outline, boxShadow, borderColor, backgroundColor].join();
+    const { outline, outlineStyle, boxShadow, borderColor, backgroundColor } = getComputedStyle(one);
+    return [outlineStyle !== "none" && outline, boxShadow, borderColor, backgroundColor].join();
   }).join(" ");
   return operable.map((node) => node.outerHTML.slice(0, 60));
 }"""
