@@ -46,7 +46,7 @@ class AnthropicFormat:
         # Deltas are nearly all there is: they take this one comparison.
         if event_type == b"content_block_delta":
             return CONTENT
-        if not event_type:
+        if event_type in {b"", b"message"}:  # clients cannot tell the two apart
             # Some compatible servers leave `event:` out; the data says the same.
             named = _loads(data_of(body)).get("type")
             # JSON can spell lone surrogates, which do not encode.

@@ -3,7 +3,7 @@
 const END_OF_LINE = /\r\n|\r|\n/;
 const ID = /^[\w-]{22}$/;
 const EVENT_ID = /^([\w-]{22})\.(\d{1,16})$/;
-const QUEUED = 64; // events that wait for an iteration before reading pauses
+const QUEUED = 64; // events for the iteration before reading pauses
 const STEADY_MS = 10_000; // a connection that held so long was no failed attempt
 const now = () => performance.now();
 
@@ -15,7 +15,7 @@ export class ChatError extends Error {
   }
 }
 
-/** Thrown where a response is over before `end`; what callbacks throw is not. */
+/** A response is over before `end`; callbacks throw something else. */
 class Interrupted {
   constructor(error) {
     this.error = error;
@@ -96,17 +96,19 @@ class Chat {
   #queue; // events for the iteration, while there is one
   #stopping = false;
   #soon = false; // the next pause is none
+  #due; // the pause's end
+  #kept; // what is stored
   #over = false;
   #said; // the `error` event's
   #left; // {error}, once the page has left
-  #wake = {}; // resolvers of what is waited for: the `pause`'s end, `room` in the queue, an `event`
+  #wake = {}; // resolvers: of the pause, of `room` in the queue, of an `event`
 
   constructor(saved, options = {}) {
     const { id = "", key, body } = saved;
     if (id ? !ID.test(id) : !(key && body)) throw new TypeError("neither an id nor a question");
     this.#options = options;
     this.#url = (options.url ?? "/api/chat").replace(/\/+$/, "");
-    new URL(this.#url, globalThis.location?.href); // throws: a wrong one is no network that is down
+    new URL(this.#url, globalThis.document?.baseURI ?? globalThis.location?.href); // throws where it is wrong
     this.#headers = new Headers(options.headers);
     this.#heartbeatMs = options.heartbeatMs ?? 15_000;
     this.#saved = { key, body };
@@ -117,7 +119,7 @@ class Chat {
       this.#moveTo(options.after);
     }
     this.#save();
-    // Not at once: callbacks may speak of what this constructor's result is assigned to.
+    // Callbacks may speak of what this constructor's result is assigned to.
     this.finished = Promise.resolve().then(() => this.#run());
     this.finished.catch(() => {});
   }
@@ -156,18 +158,18 @@ class Chat {
   }
 
   reconnect() {
-    this.#drop(new ChatError("moved", "A new connection was asked for."));
+    this.#drop(new ChatError("moved", "Asked to reconnect."));
   }
 
   async #run() {
     const { signal } = this.#options;
     const online = () => {
       this.#attempt = 0;
-      // An open connection, too: it is from before, and may never say that it is dead.
+      // An open connection, too: it may never say that it is dead.
       this.#drop(new ChatError("unreachable", "The network had gone."));
     };
-    // Timers are slowed down where nobody looks: a pause may have lasted far too long.
-    const shown = () => document.hidden || this.#wake.pause?.();
+    // Timers are slow where nobody looks.
+    const shown = () => document.hidden || now() < this.#due || this.#wake.pause?.();
     const abort = () => this.#leave(signal.reason);
     globalThis.addEventListener?.("online", online);
     globalThis.document?.addEventListener("visibilitychange", shown);
@@ -189,8 +191,8 @@ class Chat {
     globalThis.document?.removeEventListener("visibilitychange", shown);
     signal?.removeEventListener("abort", abort);
     this.#wake.event?.();
-    // Kept is what can still be read: what was left, or lost for want of a connection.
-    if (this.reason || error?.status < 500 || this.#stopping) this.#forget();
+    // What can still be read is kept.
+    if (this.reason || this.error?.status < 500 || this.#stopping) this.#save(true);
     const kind = this.error?.kind;
     this.#to(this.reason ? "ended" : kind === "refused" || kind === "lost" ? kind : "detached", { error: this.error });
     if (error) throw error;
@@ -200,7 +202,7 @@ class Chat {
   async #connect() {
     const connection = (this.#connection = new AbortController());
     let missed = 0, ticks, opened;
-    // Ticks are counted, not time: a tab that was suspended finds one when it wakes, and the bytes behind it.
+    // Ticks, not time: a tab that was suspended finds one when it wakes, and the bytes behind it.
     const watch = () => {
       clearInterval(ticks);
       ticks = setInterval(() => {
@@ -250,7 +252,7 @@ class Chat {
           await this.#until("room");
         }
       }
-      reader.read().catch(() => {}); // the body's end, for the connection to be used again
+      reader.read().catch(() => {}); // the body's end frees the connection
       this.#connection = undefined;
     } catch (error) {
       if (!(error instanceof Interrupted)) throw error;
@@ -309,17 +311,19 @@ class Chat {
         throw new ChatError("lost", `Gave up after ${this.#attempt - 1} attempts. ${failure.message}`, { cause: failure });
       }
       if (!moving) {
-        // Full jitter: those who were cut off together do not come back together.
+        // Full jitter: who was cut off together does not come back together.
         const most = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** Math.min(this.#attempt - 1, 20));
         delayMs = Math.min(1000 * (failure.retryAfter ?? 0) + Math.random() * most, 2 ** 31 - 1);
       }
     }
     this.#soon = false;
     this.#to("reconnecting", { delayMs, attempt: this.#attempt, error: failure });
-    if (this.#left || this.#soon) return;
-    const timer = setTimeout(() => this.#wake.pause?.(), delayMs);
-    await this.#until("pause");
-    clearTimeout(timer);
+    if (!this.#left && !this.#soon) {
+      this.#due = now() + delayMs;
+      const timer = setTimeout(() => this.#wake.pause?.(), delayMs);
+      await this.#until("pause");
+      clearTimeout(timer);
+    }
     this.#soon = false;
   }
 
@@ -338,7 +342,8 @@ class Chat {
   }
 
   async #delete() {
-    const { status } = await this.#request("DELETE", AbortSignal.timeout(this.#heartbeatMs)).catch(() => ({ status: 503 }));
+    const soon = AbortSignal.timeout(Math.ceil(this.#heartbeatMs));
+    const { status } = await this.#request("DELETE", soon).catch(() => ({ status: 503 }));
     if (this.#over) return;
     if (status >= 500) setTimeout(() => this.#delete(), this.#retryMs);
     else if (status === 404) this.#leave(); // it is over, and forgotten
@@ -369,6 +374,7 @@ class Chat {
   }
 
   #take({ type, data: text, id }) {
+    if (this.#left) return;
     let data = text;
     try { data = JSON.parse(text); } catch { /* it stays text */ }
     const kind = type === "message" ? data?.type : type; // some servers leave `event:` out
@@ -411,7 +417,7 @@ class Chat {
       this.#blocks.delete(index);
       try { tool.input = JSON.parse(tool.json || whole); } catch { /* stays undefined */ }
       Object.assign(event, { type: "tool", tool });
-    } else if (block?.type?.endsWith("tool_use")) {
+    } else if (`${block?.type}`.endsWith("tool_use")) {
       const tool = { id: block.id, name: block.name, json: "" };
       this.#blocks.set(index, [tool, JSON.stringify(block.input ?? {})]);
       this.tools.push(tool);
@@ -429,15 +435,17 @@ class Chat {
     return new ChatError("failed", message, { type: this.#said?.type });
   }
 
-  #save() {
+  #save(over) {
     const { keep } = this.#options;
     if (!keep) return;
-    const saved = this.id ? { id: this.id, cursor: this.cursor } : this.#saved;
-    try { sessionStorage.setItem(keep, JSON.stringify(saved)); } catch { /* full, or not allowed */ }
-  }
-
-  #forget() {
-    try { if (this.#options.keep) sessionStorage.removeItem(this.#options.keep); } catch { /* not allowed */ }
+    try {
+      // What another chat keeps under this name by now is not ours.
+      if (this.#kept && sessionStorage.getItem(keep) !== this.#kept) return;
+      const saved = JSON.stringify(this.id ? { id: this.id, cursor: this.cursor } : this.#saved);
+      if (over) return sessionStorage.removeItem(keep);
+      sessionStorage.setItem(keep, saved);
+      this.#kept = saved;
+    } catch { /* full, or not allowed */ }
   }
 }
 

@@ -29,7 +29,7 @@ function explain({ kind, message, status, retryAfter }, reason) {
   if (kind === "lost") {
     return `The connection was lost. ${sentence(message)} What came is kept; “Reconnect” goes on from there.`;
   }
-  if (status === 413) return `${sentence(message)} A new conversation has room again.`;
+  if (status === 413) return `${sentence(message)} A shorter question, or a new conversation, may fit.`;
   if (retryAfter) return `${sentence(message)} Try again in ${seconds(1000 * retryAfter)}.`;
   return sentence(message);
 }
@@ -41,9 +41,11 @@ export async function copy(words) {
   field.value = words;
   field.className = "unseen";
   document.body.append(field);
+  const focused = document.activeElement;
   field.select();
   document.execCommand("copy");
   field.remove();
+  focused?.focus({ preventScroll: true });
 }
 
 /** Tells by the button itself that it copied. */
@@ -83,6 +85,8 @@ export class Answer {
   #nextAt = 0;
   #countdown;
   #outage = false;
+  #isLeft = false;
+  #end; // what `#rest` is to show once all text is
 
   constructor(turn, keep, page) {
     this.#turn = turn;
@@ -131,11 +135,8 @@ export class Answer {
   /** All of it as texts, to be stored. */
   record() {
     const { id = "", cursor = "" } = this.chat ?? this.#turn;
-    const { problem, outcome } = this.#parts;
-    return {
-      ...this.#turn, id, cursor, text: this.text, thinking: this.#thinking.text,
-      problem: problem.textContent, outcome: outcome.textContent,
-    };
+    const { problem = "", outcome = "" } = this.#end ?? {};
+    return { ...this.#turn, id, cursor, text: this.text, thinking: this.#thinking.text, problem, outcome };
   }
 
   ask(messages) {
@@ -166,6 +167,12 @@ export class Answer {
     this.chat.stop();
   }
 
+  /** Another question was asked: what is kept is that one's, and this answer is not gone on with. */
+  leave() {
+    this.#isLeft = true;
+    this.#parts.back.hidden = true;
+  }
+
   #clear() {
     for (const name of ["text", "thoughts"]) this.#parts[name].replaceChildren();
     this.#text = markdown(this.#parts.text, { onCode: copyable });
@@ -173,15 +180,17 @@ export class Answer {
   }
 
   #follow(start) {
+    const token = document.getElementById("token").value;
+    // It is a header's value: what cannot be one would throw.
+    const headers = token && /^[\x21-\x7e]+$/.test(token) ? { Authorization: `Bearer ${token}` } : {};
     this.#rest({});
     this.busy = true;
     this.stopping = false;
     this.element.ariaBusy = "true";
     this.element.querySelector("footer").hidden = true;
-    const token = document.getElementById("token").value;
     const chat = (this.chat = start({
       keep: this.#keep,
-      headers: token ? { Authorization: `Bearer ${token}` } : {},
+      headers,
       fetch: request,
       maxDelayMs: MAX_DELAY_MS,
       onText: (text) => this.#write(text),
@@ -227,6 +236,7 @@ export class Answer {
     const { notice } = this.#parts;
     const words = notice.querySelector("p");
     clearTimeout(this.#countdown);
+    if (!error && notice.contains(document.activeElement)) this.#page.toPrompt();
     notice.hidden = !error;
     if (!error) return;
     const left = this.#nextAt - performance.now();
@@ -252,20 +262,23 @@ export class Answer {
     ].filter(Boolean);
     const problem = error && !(this.stopping && chat.state === "detached") ? explain(error, reason) : "";
     const back = error?.kind === "lost" && !error.status && (chat.id || savedChat(this.#keep)) ? "true" : "";
+    this.#end = { problem, outcome: outcome.join(" · "), back };
+    this.#page.ended(this); // a long answer is shown a while after it ended, and a hidden page may never get there
     await Promise.all([this.#text.finish(), this.#thinking.finish()]);
     if (this.busy) return; // asked to go on meanwhile
-    this.#rest({ problem, outcome: outcome.join(" · "), back });
+    this.#rest(this.#end);
     this.#page.changed(this, true);
   }
 
   /** Shows how it ended. */
   #rest({ problem = "", outcome = "", back = "" }) {
+    this.#end = { problem, outcome, back };
     this.element.ariaBusy = "false";
     this.element.querySelector("footer").hidden = false;
     this.#parts.problem.textContent = problem;
     this.#parts.problem.hidden = !problem;
     this.#parts.outcome.textContent = outcome;
-    this.#parts.back.hidden = !back;
+    this.#parts.back.hidden = !back || this.#isLeft;
     this.#parts.copy.hidden = !this.text;
   }
 }

@@ -11,6 +11,7 @@ const view = document.querySelector("main");
 const touch = matchMedia("(pointer: coarse)");
 const READ_ALOUD_CHARS = 400;
 const END_PX = 60;
+const DOUBLE_CLICK_MS = 500;
 
 /** What the answers tell. */
 const page = {
@@ -21,6 +22,11 @@ const page = {
     refresh();
     strip.changed();
   },
+  /** Nothing more comes, but not all of it may be on the page yet. */
+  ended(answer) {
+    unstored.add(answer);
+    setTimeout(storeAll); // megabytes take as long as a frame
+  },
   arrived(answer, event) {
     if (answer === shown.last) strip.count(event);
   },
@@ -28,7 +34,8 @@ const page = {
   refused(answer) {
     const conversation = [...visited.values()].find(({ last }) => last === answer);
     conversation.drop();
-    $("prompt").value ||= answer.asked;
+    const { value } = $("prompt");
+    $("prompt").value = value ? `${answer.asked}\n\n${value}` : answer.asked;
     $("access").hidden = false;
     announce("This server asks for an access token");
     refresh();
@@ -38,12 +45,13 @@ const page = {
   toPrompt,
 };
 
-const unstored = new Set(); // conversations whose last answer has just ended
+const unstored = new Set(); // answers that have just ended
 const visited = new Map(); // conversations that were on show since the page was loaded, by id
 let shown;
 let upstream;
 let following = true; // the person is at the end of the conversation, and wants to stay there
 let lastTop = 0;
+let askedAt = -Infinity;
 let listed = ""; // what the list of conversations shows
 
 // --- what is on show ------------------------------------------------------------------------------------------------
@@ -97,19 +105,21 @@ function finished(answer) {
   const problem = answer.element.querySelector(".problem").textContent;
   const end = problem || (answer.stopping ? "Stopped." : "Answer complete.");
   const { length } = answer.text;
+  if (answer !== shown.last) return announce(`${end} It answers “${answer.asked}”.`);
   announce(`${end} ${length > READ_ALOUD_CHARS ? `${length.toLocaleString("en")} characters.` : answer.text}`);
-  for (const conversation of visited.values()) if (conversation.last === answer) unstored.add(conversation);
-  setTimeout(storeAll); // megabytes take as long as a frame
 }
 
 function storeAll() {
-  for (const conversation of unstored) conversation.store();
+  for (const conversation of visited.values()) {
+    for (const answer of unstored) if (conversation.has(answer)) conversation.store(answer);
+  }
   unstored.clear();
 }
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
 function ask(question) {
+  askedAt = performance.now();
   const fault = takeFault();
   const script = upstream === "simulator" && EXAMPLES.find((one) => one.question === question)?.script;
   shown.ask(question, { script: [script, fault.script].filter(Boolean).join(" "), label: fault.label });
@@ -125,7 +135,8 @@ function toPrompt() {
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   toPrompt();
-  if (shown.busy) return shown.last.stop();
+  // The second click of two was meant for what the button said before.
+  if (shown.busy) return performance.now() - askedAt < DOUBLE_CLICK_MS || shown.last.stop();
   const question = $("prompt").value.trim();
   if (!question) return;
   $("prompt").value = "";
@@ -192,7 +203,7 @@ $("history").addEventListener("click", ({ target }) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.isComposing) return;
+  if (event.isComposing || event.keyCode === 229) return; // Safari's Enter that ends a composition has 229 alone
   if (event.key === "Escape") {
     const writing = document.activeElement === $("prompt");
     if (!(shown.busy && writing) && (close("history") || close("drawer"))) return;
@@ -213,16 +224,18 @@ function toEnd() {
 view.addEventListener("scroll", () => {
   const top = view.scrollTop;
   const atEnd = view.scrollHeight - top - view.clientHeight < END_PX;
-  // What grows below is no reason to stay behind; going up is.
-  if (atEnd) following = true;
-  else if (top < lastTop) following = false;
+  // What grows below is no reason to stay behind; going up is, by however little. What shrank ends at its end.
+  if (top < lastTop && view.scrollHeight - top - view.clientHeight > 1) following = false;
+  else if (atEnd && top > lastTop) following = true;
   lastTop = top;
   $("to-end").hidden = following;
 }, { passive: true });
 
 // Called once the frame is laid out: asking for the height costs nothing here.
 const grown = new ResizeObserver(() => {
-  if (following) view.scrollTop = view.scrollHeight;
+  if (!following) return;
+  view.scrollTop = view.scrollHeight;
+  lastTop = view.scrollTop; // a step back from here is the person's
 });
 grown.observe($("log"));
 grown.observe(view);
@@ -235,21 +248,21 @@ $("to-end").addEventListener("click", () => {
 // --- beginning and end of the page ----------------------------------------------------------------------------------
 
 window.addEventListener("pagehide", () => {
-  for (const conversation of visited.values()) if (conversation.busy) unstored.add(conversation);
+  for (const conversation of visited.values()) if (conversation.busy) unstored.add(conversation.last);
   storeAll();
 });
 
 const named = { simulator: "the built-in simulator: scripted text, no model", local: "a small model on this machine" };
 fetch("/health")
-  .then((response) => response.json())
+  .then((response) => (response.ok ? response.json() : {}))
   .then((health) => {
     ({ upstream } = health);
-    $("upstream").textContent = `Answered by ${named[upstream] ?? upstream}`;
+    if (upstream) $("upstream").textContent = `Answered by ${named[upstream] ?? upstream}`;
     setUpstream(upstream);
   })
   .catch(() => ($("upstream").textContent = "The server does not answer"));
 
-prepareDrawer(() => shown.last, announce);
+prepareDrawer(() => shown.last, announce, toPrompt);
 const known = conversations().map(({ id }) => id);
 const before = current();
 show(new Conversation(page, known.includes(before) ? before : ""));

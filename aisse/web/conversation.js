@@ -10,6 +10,7 @@ const MOST_CHARS = 200_000;
 export class Conversation {
   #page;
   #answers = [];
+  #numbers = new Map(); // of the answers, among all turns
   #count = 0; // of turns, those included that there was no room for
 
   /** A new one, or with `id` one that the history knows. `page` is for its answers: see answer.js. */
@@ -39,7 +40,7 @@ export class Conversation {
   ask(question, { script = "", label = "" } = {}) {
     // What was never answered is not said again: roles alternate.
     const whole = this.#answers.filter(({ asked, text }) => asked.trim() && text.trim());
-    let room = MOST_CHARS;
+    let room = MOST_CHARS - question.length;
     const tooOld = whole.findLastIndex(({ asked, text }) => (room -= asked.length + text.length) < 0);
     const before = whole.slice(tooOld + 1);
     if (tooOld >= 0) label = [label, "Asked without what is too long ago"].filter(Boolean).join(" · ");
@@ -61,14 +62,20 @@ export class Conversation {
     this.store();
   }
 
-  store() {
-    store({ id: this.id, title: this.title, count: this.#count }, this.last?.record());
+  has(answer) {
+    return this.#answers.includes(answer);
+  }
+
+  store(answer = this.last) {
+    store({ id: this.id, title: this.title, count: this.#count }, answer?.record(), this.#numbers.get(answer));
   }
 
   #add(turn, number = this.#count) {
     const answer = new Answer(turn, answerOf(this.id), this.#page);
     this.#count = number + 1;
+    this.#answers.at(-1)?.leave();
     this.#answers.push(answer);
+    this.#numbers.set(answer, number);
     this.element.append(answer.question, answer.element);
     return answer;
   }

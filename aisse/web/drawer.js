@@ -50,7 +50,7 @@ export function takeFault() {
 }
 
 /** `shown()` is the Answer on show, if there is one; `announce(words)` says them. */
-export function prepareDrawer(shown, announce) {
+export function prepareDrawer(shown, announce, toPrompt) {
   const say = (words) => {
     $("said").textContent = words;
     announce(words);
@@ -72,13 +72,13 @@ export function prepareDrawer(shown, announce) {
   $("second").addEventListener("click", () => {
     const answer = shown();
     if (!answer?.chat?.id) return say("There is no stream to read yet: ask something first.");
-    openSecond(answer);
+    openSecond(answer, toPrompt);
     say("A second reader begins.");
   });
 }
 
 /** Reads the answer's stream once more, beside it. */
-function openSecond(answer) {
+function openSecond(answer, toPrompt) {
   answer.element.querySelector(".second .close")?.click();
   const panel = $("reader").content.firstElementChild.cloneNode(true);
   const [place, close, verdict] = ["code", ".close", ".verdict"].map((name) => panel.querySelector(name));
@@ -102,6 +102,7 @@ function openSecond(answer) {
   close.addEventListener("click", () => {
     chat.detach();
     panel.remove();
-    $("second").focus();
+    if ($("drawer").hidden) toPrompt();
+    else $("second").focus();
   });
 }

@@ -5,6 +5,8 @@
 
 const PREFIX = "aisse.";
 const MOST = 50;
+/** Of one answer: browsers store 5 Mi characters, some half of that. */
+const MOST_CHARS = 2_400_000;
 
 const text = (value) => (typeof value === "string" ? value : "");
 const listOf = (value) => (Array.isArray(value) ? value.filter((one) => one && typeof one === "object") : []);
@@ -22,7 +24,7 @@ function write(name, value) {
   try {
     sessionStorage.setItem(PREFIX + name, JSON.stringify(value));
   } catch (error) {
-    return error.name !== "QuotaExceededError";
+    return !/quota/i.test(error.name); // Firefox has a name of its own for it
   }
   return true;
 }
@@ -63,12 +65,16 @@ export function turnsOf(id) {
  * Stores `turn` as the last of a conversation that has `count`, one alone, since there may be megabytes before it;
  * without it, the last one was taken back. A conversation without turns is forgotten.
  */
-export function store({ id, title, count }, turn) {
+export function store({ id, title, count }, turn, number = count - 1) {
+  // What has no room alone must not drive out all others: what came of it is cut.
+  if (turn?.text.length > MOST_CHARS) {
+    turn = { ...turn, text: "", cursor: "", problem: turn.problem || "This answer was too long to be kept." };
+  }
   index = [...(count ? [{ id, title, count }] : []), ...index.filter((one) => one.id !== id)];
   remove(`${id}.${count}`);
   if (index.length > MOST) forgetOldest();
   let gone = 0;
-  while (!((!turn || write(`${id}.${count - 1}`, turn)) && write("index", index))) {
+  while (!((!turn || write(`${id}.${number}`, turn)) && write("index", index))) {
     if (index.length > 1) forgetOldest();
     else if (gone < count - 1) remove(`${id}.${gone++}`);
     else return;

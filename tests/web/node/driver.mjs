@@ -154,6 +154,11 @@ class Run {
         document.hidden = what === "hide";
         document.dispatchEvent(new Event("visibilitychange"));
         return;
+      case "an hour passes": {
+        const clock = performance.now.bind(performance);
+        performance.now = () => clock() + 3_600_000;
+        return;
+      }
       case "throw": throw new Error("the page's own");
       case "throw ours": throw new aisse.ChatError("silent", "the page's own");
       case "freeze": // as a suspended tab: no timer, no byte
