@@ -65,6 +65,8 @@ def test_event_named_by_its_event_line_has_its_mark(event_type: str, mark: Mark)
 @pytest.mark.parametrize(("event_type", "mark"), MARKS)
 def test_event_without_event_line_has_the_mark_that_its_data_names(event_type: str, mark: Mark) -> None:
     assert observe(unnamed({"type": event_type})) == [mark]
+    # Which is what a client makes of it, and so the same.
+    assert observe(event("message", {"type": event_type})) == [mark]
 
 
 def test_event_whose_line_and_data_differ_goes_by_its_line() -> None:

@@ -61,8 +61,8 @@ export interface ChatOptions {
   headers?: Record<string, string>;
   /** Of `fetch`, with every request: "same-origin". */
   credentials?: "omit" | "same-origin" | "include";
-  /** Aborting detaches: the iteration throws the signal's reason, and the generation has the server's `leave_s` left. */
-  signal?: AbortSignal;
+  /** Aborting detaches: the iteration throws the signal's reason; the generation has the server's `leave_s` left. */
+  signal?: AbortSignal | undefined;
   onText?(text: string): void;
   onThinking?(text: string): void;
   onEvent?(event: ChatEvent): void;
@@ -82,7 +82,7 @@ export interface ChatOptions {
 /** What `keep` kept: an answer by its id, or a question that the server had not answered yet, to be asked again. */
 export interface SavedChat {
   id?: string;
-  /** The last event that this page had. */
+  /** The last event of which callbacks were told; a loop may be behind it. */
   cursor?: string;
   key?: string;
   body?: ChatRequest;
@@ -92,12 +92,13 @@ export interface SavedChat {
  * One answer. It is read from the moment of its creation, whether or not anybody iterates. The iteration begins with
  * the next event, so begin it at once; there is one. While it runs, the answer is read no faster than it is taken.
  * It ends after `end` where that says `complete` or `stopped`, and after `detach()`; leaving the loop early detaches.
- * Else it throws: a ChatError, the signal's reason, or what a callback threw.
+ * Else it throws: a ChatError, the signal's reason, what a callback threw, or a RangeError for an event beyond 16 Mi
+ * characters.
  */
 export interface Chat extends AsyncIterable<ChatEvent> {
   /** The stream's, as soon as it is known; "" before. Whoever has it can read and stop the answer. */
   readonly id: string;
-  /** The last event's, `<stream>.<number>`; "" before the first. */
+  /** Of the last event that callbacks were told, `<stream>.<number>`; "" before the first. A loop may be behind it. */
   readonly cursor: string;
   readonly state: ChatState;
   /** All text so far. After `resumeChat` with a cursor, of what came since. */
@@ -123,6 +124,7 @@ export interface Chat extends AsyncIterable<ChatEvent> {
 }
 
 export class ChatError extends Error {
+  private constructor();
   /**
    * `refused`: a 4xx. `lost`: the attempts are used up, or the server does not know the answer any more. `failed`: the
    * `end` event says that the answer is not whole. `unreachable`, `unavailable` (a 5xx), `silent`, `broken` (what came
@@ -144,7 +146,7 @@ export function streamChat(body: ChatRequest, options?: ChatOptions): Chat;
  * Reads an answer from its beginning, or from what follows `after`, a cursor. `saved`, an id or what `savedChat`
  * found, without an id asks its question again, with its key.
  */
-export function resumeChat(saved: string | SavedChat, options?: ChatOptions & { after?: string }): Chat;
+export function resumeChat(saved: string | SavedChat, options?: ChatOptions & { after?: string | undefined }): Chat;
 
 /** What an earlier load of this page kept under `name` and did not finish. */
 export function savedChat(name: string): SavedChat | undefined;
@@ -152,8 +154,9 @@ export function savedChat(name: string): SavedChat | undefined;
 export interface ServerEvent { type: string; data: string; id: string }
 
 /**
- * An incremental parser for the decoded text of an event stream (WHATWG HTML, section 9.2.6): call what it returns with each
- * piece, decoded by one TextDecoder, which drops a byte order mark. Throws a RangeError for an event beyond `maxLength` characters, 16 Mi.
+ * An incremental parser for an event stream (WHATWG HTML, section 9.2.6): call what it returns with each piece of text,
+ * as one TextDecoder gives it, which drops a byte order mark. Throws a RangeError for an event beyond `maxLength`
+ * characters, 16 Mi.
  */
 export function createParser(handlers: {
   onEvent(event: ServerEvent): void;

@@ -161,11 +161,12 @@ def says(
     return turn
 
 
-def stopped(seq: int) -> Turn:
+def stopped(seq: int, *fields: str) -> Turn:
     """A stream that ends as soon as it is stopped."""
 
     async def turn(scene: Scene, request: Request, connection: Connection) -> None:
-        await says(text(seq, "a"), until=scene.stopped, last=(end(seq + 1, "stopped"),))(scene, request, connection)
+        turn = says(text(seq, "a"), fields=fields, until=scene.stopped, last=(end(seq + 1, "stopped"),))
+        await turn(scene, request, connection)
 
     return turn
 
