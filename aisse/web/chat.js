@@ -11,7 +11,6 @@ const view = document.querySelector("main");
 const touch = matchMedia("(pointer: coarse)");
 const READ_ALOUD_CHARS = 400;
 const END_PX = 60;
-const DOUBLE_CLICK_MS = 500;
 
 /** What the answers tell. */
 const page = {
@@ -51,7 +50,6 @@ let shown;
 let upstream;
 let following = true; // the person is at the end of the conversation, and wants to stay there
 let lastTop = 0;
-let askedAt = -Infinity;
 let listed = ""; // what the list of conversations shows
 
 // --- what is on show ------------------------------------------------------------------------------------------------
@@ -119,7 +117,6 @@ function storeAll() {
 // --- asking ---------------------------------------------------------------------------------------------------------
 
 function ask(question) {
-  askedAt = performance.now();
   const fault = takeFault();
   const script = upstream === "simulator" && EXAMPLES.find((one) => one.question === question)?.script;
   shown.ask(question, { script: [script, fault.script].filter(Boolean).join(" "), label: fault.label });
@@ -135,13 +132,17 @@ function toPrompt() {
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   toPrompt();
-  // The second click of two was meant for what the button said before.
-  if (shown.busy) return performance.now() - askedAt < DOUBLE_CLICK_MS || shown.last.stop();
+  if (shown.busy) return shown.last.stop();
   const question = $("prompt").value.trim();
   if (!question) return;
   $("prompt").value = "";
   $("access").hidden = true;
   ask(question);
+});
+
+// The second click of two was meant for what the button said before.
+$("send").addEventListener("click", (event) => {
+  if (event.detail > 1 && shown.busy) event.preventDefault();
 });
 
 $("log").addEventListener("click", ({ target }) => {
