@@ -15,7 +15,7 @@ export class ChatError extends Error {
   }
 }
 
-/** A response is over before `end`; callbacks throw something else. */
+/** A response is over before `end`. */
 class Interrupted {
   constructor(error) {
     this.error = error;
@@ -60,7 +60,7 @@ export function createParser({ onEvent, onId, onRetry }, maxLength = 1 << 24) {
   };
 }
 
-/** In seconds; it may be a date (RFC 9110, section 10.2.3). */
+/** In seconds (RFC 9110, section 10.2.3). */
 function retryAfter(response) {
   const value = response.headers.get("Retry-After");
   if (!value) return undefined;
@@ -119,7 +119,7 @@ class Chat {
       this.#moveTo(options.after);
     }
     this.#save();
-    // Callbacks may speak of what this constructor's result is assigned to.
+    // Callbacks may speak of what this is assigned to.
     this.finished = Promise.resolve().then(() => this.#run());
     this.finished.catch(() => {});
   }
@@ -198,25 +198,27 @@ class Chat {
     if (error) throw error;
   }
 
-  /** Reads one response; returns why there has to be another, if there has. */
+  /** Reads one response; returns why there must be another, if so. */
   async #connect() {
     const connection = (this.#connection = new AbortController());
     let missed = 0, ticks, opened;
-    // Ticks, not time: a tab that was suspended finds one when it wakes, and the bytes behind it.
-    const watch = () => {
+    // Ticks, not time: a suspended tab finds one when it wakes, and the bytes behind it.
+    const watch = (ms) => {
       clearInterval(ticks);
       ticks = setInterval(() => {
-        if (this.#wake.room) missed = 0; // it is we who do not read
+        if (this.#wake.room) missed = 0; // we do not read
         else if (++missed > 3) connection.abort(new ChatError("silent", "The server fell silent."));
-      }, this.#heartbeatMs);
+      }, ms);
     };
     const io = (promise) =>
       promise.catch((cause) => {
         const { aborted, reason } = connection.signal;
-        throw new Interrupted(aborted ? reason : new ChatError("unreachable", `The ${opened ? "connection was lost" : "server cannot be reached"}.`, { cause }));
+        const message = opened ? "The connection was lost." : "The server cannot be reached.";
+        throw new Interrupted(aborted ? reason : new ChatError("unreachable", message, { cause }));
       });
     this.#to("connecting");
-    watch();
+    // Who comes back is answered at once, unless a connection was kept that is dead.
+    watch(this.id ? Math.min(this.#heartbeatMs, 5000) : this.#heartbeatMs);
     try {
       const response = await io(this.#request(this.id ? "GET" : "POST", connection.signal));
       if (response.status === 204) {
@@ -231,7 +233,7 @@ class Chat {
         throw new Interrupted(new ChatError("broken", "What came is no event stream."));
       }
       this.#heartbeatMs = 1000 * response.headers.get("Aisse-Heartbeat") || this.#heartbeatMs;
-      watch();
+      watch(this.#heartbeatMs);
       opened = this.#lastByte = now();
       this.#learn(/([\w-]{22})$/.exec(response.headers.get("Content-Location"))?.[1]);
       this.error = undefined;
@@ -252,7 +254,7 @@ class Chat {
           await this.#until("room");
         }
       }
-      reader.read().catch(() => {}); // the body's end frees the connection
+      reader.read().catch(() => {}); // frees the connection
       this.#connection = undefined;
     } catch (error) {
       if (!(error instanceof Interrupted)) throw error;
@@ -306,7 +308,7 @@ class Chat {
     if (this.#soon) delayMs = 0;
     else {
       this.#attempt += 1;
-      // What fails offline says nothing about the server.
+      // Offline says nothing about the server.
       if (this.#attempt > (this.#options.retries ?? 10) && globalThis.navigator?.onLine !== false) {
         throw new ChatError("lost", `Gave up after ${this.#attempt - 1} attempts. ${failure.message}`, { cause: failure });
       }
