@@ -43,7 +43,7 @@ rolling: setup ## restart three instances behind nginx under load, and print wha
 	$(BIN)/python tests/e2e/rolling.py $(ARGS)
 
 screenshots: setup ## take pictures of the page in Chromium, into screenshots/
-	$(BIN)/python tests/e2e/screenshots.py $(ARGS)
+	$(BIN)/python tests/e2e/pictures.py $(ARGS)
 
 soak: setup ## run at full size what `test` runs shortened: every cut, 1,000 streams, 50 drains; about an hour
 	TESTS_SOAK=1 $(BIN)/python -m pytest -s -m 'not local' $(ARGS)
