@@ -53,8 +53,8 @@ RESET_EVERY_S = 0.5
 
 # Plain words, so that the page shows them as they are; each place has its own.
 WORDS = " ".join(f"{number} Wörter 漢字 слова 🙂" for number in range(44))
-LONG = f"[[pace=40 text='{WORDS}']]"
-"""Some five seconds of answer."""
+LONG = f"[[pace=25 text='{WORDS}']]"
+"""Nine seconds of answer: time enough for all that happens to it, also where the machine has other things to do."""
 
 
 def missing(reason: str, what: str) -> NoReturn:
@@ -148,18 +148,24 @@ LONGEST_PAUSE_MS = 10  # the page's ten seconds, times that
 # --- the connection -------------------------------------------------------------------------------------------------
 
 
+async def stands_still(page: Page) -> None:
+    """Lasts as long as the network is gone. What was on its way may still come, but nothing later."""
+    await asyncio.sleep(OFFLINE_S / 2)
+    before = await shown(page)
+    await asyncio.sleep(OFFLINE_S / 2)
+    assert await shown(page) == before
+    assert len(before) < len(WORDS)
+
+
 async def goes_offline(page: Page, proxy: BreakableProxy) -> None:
     """The network ends with a reset of all that used it."""
     await page.context.set_offline(offline=True)
     proxy.down()
     await state(page, "reconnecting")
-    before = await shown(page)
-    await asyncio.sleep(OFFLINE_S)
-    assert await shown(page) == before
+    await stands_still(page)
     proxy.up()
     await page.context.set_offline(offline=False)
     await settled(page)
-    assert len(before) < len(WORDS)
     assert proxy.broken == 1
 
 
@@ -167,14 +173,11 @@ async def goes_offline_silently(page: Page, proxy: BreakableProxy) -> None:
     """Nobody says that the connection is gone; it stays open, and dead, when the network is back."""
     await page.context.set_offline(offline=True)
     proxy.down(silently=True)
-    before = await shown(page)
-    await asyncio.sleep(OFFLINE_S)
-    assert await shown(page) == before
+    await stands_still(page)
     await state(page, "streaming")
     proxy.up()
     await page.context.set_offline(offline=False)
     await settled(page)
-    assert len(before) < len(WORDS)
     assert proxy.broken == 1
 
 
@@ -214,11 +217,10 @@ async def test_answer_is_whole_however_its_connection_breaks(browser: Browser, b
     async with served("simulate") as llm, served("--upstream", llm.url, "--open", *rare) as aisse:
 
         async def broken(how: Callable[[Page, BreakableProxy], Awaitable[None]]) -> None:
-            often = how is is_reset_again_and_again
             # Else most resets would find it waiting for its next attempt.
-            init = SHORT_PAUSES if often else ""
+            init = SHORT_PAUSES if how is is_reset_again_and_again else ""
             async with BreakableProxy(aisse.address) as proxy, opened(browser, proxy.url + "/", init=init) as page:
-                await ask(page, LONG.replace("pace=40", "pace=25") if often else LONG)
+                await ask(page, LONG)
                 await begun(page)
                 assert proxy.streams == 1
                 await how(page, proxy)
@@ -249,7 +251,7 @@ async def hidden(browser: Browser, aisse: Command) -> None:
         await begun(page)
         other = await tabs.new_page()
         await until(page, "document.hidden")
-        await begun(page, 500)
+        await begun(page, 300)
         assert (proxy.streams, await reconnects(page)) == (1, 0)
         proxy.reset()
         assert proxy.broken == 1
