@@ -642,7 +642,7 @@ function schedule(view) {
 function run() {
   frame = timer = 0;
   const now = performance.now();
-  allowed = now - before > LATE_MS ? allowed / 2 : Math.min(2 * allowed + 1, FRAME_COST);
+  allowed = now - before > LATE_MS ? Math.max(allowed / 2, 1024) : Math.min(2 * allowed + 1, FRAME_COST);
   before = now;
   const deadline = now + (document.hidden ? HIDDEN_MS : FRAME_MS);
   let cost = 0;
