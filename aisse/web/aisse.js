@@ -165,7 +165,7 @@ class Chat {
     const { signal } = this.#options;
     const online = () => {
       this.#attempt = 0;
-      // An open connection, too: it may never say that it is dead.
+      // An open one may never say that it is dead.
       this.#drop(new ChatError("unreachable", "The network had gone."));
     };
     // Timers are slow where nobody looks.
@@ -202,7 +202,7 @@ class Chat {
   async #connect() {
     const connection = (this.#connection = new AbortController());
     let missed = 0, ticks, opened;
-    // Ticks, not time: a suspended tab finds one when it wakes, and the bytes behind it.
+    // Ticks, not time: a suspended tab finds one, and the bytes behind it.
     const watch = (ms) => {
       clearInterval(ticks);
       ticks = setInterval(() => {
@@ -217,7 +217,7 @@ class Chat {
         throw new Interrupted(aborted ? reason : new ChatError("unreachable", message, { cause }));
       });
     this.#to("connecting");
-    // Who comes back is answered at once, unless a connection was kept that is dead.
+    // Resuming is answered at once, unless over a dead connection that was kept.
     watch(this.id ? Math.min(this.#heartbeatMs, 5000) : this.#heartbeatMs);
     try {
       const response = await io(this.#request(this.id ? "GET" : "POST", connection.signal));
@@ -245,6 +245,8 @@ class Chat {
         onRetry: (ms) => (this.#retryMs = Math.min(Math.max(ms, 100), 1e9)), // a timer has 31 bits
       });
       while (!this.reason) {
+        // In Node such a read may never settle.
+        if (connection.signal.aborted) throw new Interrupted(connection.signal.reason);
         const { done, value } = await io(reader.read());
         if (done) throw new Interrupted(new ChatError("broken", "The answer broke off."));
         missed = 0;
@@ -313,7 +315,7 @@ class Chat {
         throw new ChatError("lost", `Gave up after ${this.#attempt - 1} attempts. ${failure.message}`, { cause: failure });
       }
       if (!moving) {
-        // Full jitter: who was cut off together does not come back together.
+        // Full jitter: not all come back together.
         const most = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** Math.min(this.#attempt - 1, 20));
         delayMs = Math.min(1000 * (failure.retryAfter ?? 0) + Math.random() * most, 2 ** 31 - 1);
       }
