@@ -35,7 +35,7 @@ function explain({ kind, message, status, retryAfter }, reason) {
 }
 
 /** Puts `words` on the clipboard; pages without TLS have the old way only. */
-export async function copy(words) {
+async function copy(words) {
   if (navigator.clipboard) return navigator.clipboard.writeText(words);
   const field = document.createElement("textarea");
   field.value = words;
