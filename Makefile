@@ -25,7 +25,7 @@ run-local: $(VENV)/.local ## serve a small real model of this machine, without k
 	@$(BIN)/python -m aisse serve --upstream local $(ARGS)
 
 test: setup ## run all tests (ARGS="-k name")
-	$(BIN)/python -m pytest -m 'not local' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not local' $(ARGS)
 
 test-local: $(VENV)/.local ## run the tests that stream from that model
 	TESTS_REQUIRE=local $(BIN)/python -m pytest -m local $(ARGS)

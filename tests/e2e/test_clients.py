@@ -48,6 +48,7 @@ APART_S = 0.008  # begun all at once, runs wait for each other, and begin to rea
 # thinking is long enough for a heartbeat, also where the reading begins later; the pace sends the deltas one by one.
 BODY = prompt("[[tokens=2 thinking_s=3 ping_s=0 pace=50 seed=1]]", model="m")
 HEAD_STEP = 1 if EVERYTHING else 24
+BODY_STEP = 1 if EVERYTHING else 4  # beside every byte of the opening, and of each place where clients differ
 HEARTBEAT_BYTES = len(": heartbeat\n")
 END_BYTES = len("0\r\n\r\n")
 # Around the first two chunks, opening and message_start, however those are grouped.
@@ -107,11 +108,9 @@ class Bench:
         ]
 
     def everywhere(self) -> list[Place]:
-        """`places` with every byte of the body; in a short run every byte of the opening, and every other after it."""
+        """`places` with every byte of the body; in a short run every byte of the opening, and a sample after it."""
         body = self.answer.body
-        if EVERYTHING:
-            return self.places(range(len(body)))
-        after = range(self.answer.opening, len(body), 2)
+        after = range(self.answer.opening, len(body), BODY_STEP)
         return self.places(sorted({*range(self.answer.opening), *after, *self.answer.between_id_and_blank_line()}))
 
     async def lines(self, places: Iterable[Place]) -> list[Line]:
@@ -279,10 +278,10 @@ async def test_eventsource_cut_at_every_byte_misses_nothing_and_stops(bench: Ben
 async def test_fetch_event_source_with_a_key_joins_and_ends(bench: Bench, node: str) -> None:
     """It misses one event where it was cut between that event's id line and its blank line, and there alone.
 
-    After the opening every other byte, the test without a key has those between.
+    What it samples after the opening lies between what the test without a key does.
     """
     opening, size = bench.answer.opening, len(bench.answer.body)
-    later = range(opening, size, 1 if EVERYTHING else 2)
+    later = range(opening, size, BODY_STEP)
     lines = await bench.lines(
         bench.places(sorted({*range(opening), *later, *bench.answer.between_id_and_blank_line()}))
     )
@@ -298,7 +297,7 @@ async def test_fetch_event_source_with_a_key_joins_and_ends(bench: Bench, node: 
 async def test_fetch_event_source_without_a_key_joins_from_the_opening_on(bench: Bench, node: str) -> None:
     """Before its id line has come nobody can know what the repeated POST repeats: that is a second generation."""
     opening = bench.answer.opening
-    later = range(opening + (not EVERYTHING), len(bench.answer.body), 1 if EVERYTHING else 2)
+    later = range(opening + BODY_STEP // 2, len(bench.answer.body), BODY_STEP)
     known = [
         *in_part("heartbeat", range(HEARTBEAT_BYTES)),
         *in_part("body", sorted({*later, *bench.answer.between_id_and_blank_line()})),
@@ -390,7 +389,7 @@ async def test_native_eventsource_misses_nothing_and_stops(simulator: Simulator,
         places = [
             *in_part("heartbeat", range(HEARTBEAT_BYTES)),
             *in_part("head", [0]),
-            *in_part("body", range(0, len(answer.body), 1 if EVERYTHING else 7)),
+            *in_part("body", range(0, len(answer.body), 1 if EVERYTHING else 13)),
             *in_part("body", range(border - 12, border + 12)),
             *in_part("end", range(END_BYTES)),
         ]
