@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
 
     from aisse.drain import Report
+    from aisse.registry import OpenShared
     from aisse.settings import Settings
 
 Result = TypeVar("Result")
@@ -51,13 +52,13 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     Starting it opens the upstream's session. Its shutdown drains, in a runner of anybody's: no new streams, running
     ones get `drain_s`, what is left then ends as `shutdown`.
     """
-    registry = Registry(settings, upstream)
+    registry = Registry(settings, upstream, _shared_log(settings))
     drain = Drain(settings, registry)
     started = time.monotonic()
 
     async def parts(_app: web.Application) -> AsyncIterator[None]:
-        await upstream.start()
         await registry.start()
+        await upstream.start()
         yield
         await registry.close()
         await upstream.close()
@@ -77,6 +78,18 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     app.on_shutdown.append(shutdown)
     app.cleanup_ctx.append(parts)
     return app
+
+
+def _shared_log(settings: Settings) -> OpenShared | None:
+    if settings.log == "memory":
+        return None
+    try:
+        from aisse.shared import Shared  # noqa: PLC0415 - an optional extra
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"log: {settings.log.partition(':')[0]} needs the package redis: pip install 'aisse[redis]'"
+        ) from None
+    return Shared
 
 
 def runner_arguments(settings: Settings) -> dict[str, Any]:

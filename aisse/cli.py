@@ -121,7 +121,7 @@ def _config(flags: dict[str, Any], file: Path | None) -> None:
     loaded = load(flags, os.environ, file)
     rows = [(name, shown(name, getattr(loaded.settings, name)), loaded.origins[name]) for name in Settings.model_fields]
     # A mask is no value: as a comment it cannot be taken for one when this is kept as a file.
-    rows = [(f"# {name}" if name in SECRETS and value != '""' else name, value, origin) for name, value, origin in rows]
+    rows = [(f"# {name}" if MASK in value else name, value, origin) for name, value, origin in rows]
     if loaded.settings.upstream not in {"simulator", "local"}:
         found = key_for(loaded.settings.upstream, loaded.settings, os.environ)
         rows.append(("# key for upstream", MASK if found else "none", found[1] if found else ""))

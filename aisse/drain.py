@@ -1,4 +1,8 @@
-"""The shutdown sequence: unready, no listener, every reader told, streams run to their end, the rest is ended."""
+"""The shutdown sequence: unready, no listener, every reader told, streams run to their end, the rest is ended.
+
+Where the log is shared, readers are moved: they are told to come back elsewhere, and their connections are closed. This
+process goes on generating for them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from aisse.reader import BREAK_OFF_S
 from aisse.sse import reconnect
 
 if TYPE_CHECKING:
@@ -33,6 +38,12 @@ _RACING_S = 0.3
 
 _REPORT_S = 1.0
 
+# How often it is looked who can be moved, how long one that takes nothing is waited for before it is cut off instead,
+# and how much longer than `reconnect_spread_s` a stream is kept for readers that were moved.
+_MOVE_S = 0.1
+_STALLED_S = 3.0
+_COME_BACK_S = 10.0
+
 _log = structlog.get_logger("aisse.drain")
 
 
@@ -46,6 +57,7 @@ class Drain:
         self._lock = asyncio.Lock()
         self._done = False
         self._telling = False
+        self._moving = False
 
     async def run(
         self, close_listener: Callable[[], Awaitable[None]] | None = None, report: Report | None = None
@@ -73,12 +85,19 @@ class Drain:
             await asyncio.sleep(unready_s)
             await close_listener()
         self._telling = True
+        self._moving = registry.hands_over
         for count, reader in enumerate(registry.attached(), 1):
-            reader.tell(self.reconnect(resume=False))
+            reader.tell(self.reconnect(resume=self._moving))
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
-        if await self._wait_idle(report) and close_listener is not None:
-            await asyncio.sleep(_RACING_S)
+        mover = asyncio.create_task(self._move()) if self._moving else None
+        try:
+            if await self._wait_idle(report) and close_listener is not None:
+                await asyncio.sleep(_RACING_S)
+        finally:
+            if mover is not None:
+                mover.cancel()
+                await asyncio.gather(mover, return_exceptions=True)
         if registry.active_streams:
             _log.warning(
                 "streams still run at the deadline and are ended; drain_s says how long they may",
@@ -90,6 +109,26 @@ class Drain:
         if not await registry.idle(_LAST_BYTES_S):
             self._cut_off(registry.attached())
             await registry.idle(_LAST_BYTES_S)
+
+    async def _move(self) -> None:
+        """Moves readers until it is cancelled: those that were told, each once it has had the time to hear it."""
+        while True:
+            await asyncio.sleep(_MOVE_S)
+            if not self._registry.hands_over:
+                continue  # here alone can they go on meanwhile
+            now = asyncio.get_running_loop().time()
+            for count, reader in enumerate(self._registry.attached(), 1):
+                if reader.told_for(now) >= BREAK_OFF_S:
+                    reader.stream.expect_reader(now + self._settings.reconnect_spread_s + _COME_BACK_S)
+                    if reader.stalled_for(now) >= _STALLED_S:
+                        reader.evict()
+                    else:
+                        reader.part()
+                elif reader.stalled_for(now) >= _STALLED_S:
+                    reader.stream.expect_reader(now + self._settings.reconnect_spread_s + _COME_BACK_S)
+                    reader.evict()  # what it was to be told waits behind what it does not take
+                if count % _BATCH == 0:
+                    await asyncio.sleep(0)
 
     def _cut_off(self, readers: list[Reader]) -> None:
         if readers:
@@ -111,7 +150,7 @@ class Drain:
     def greet(self, reader: Reader) -> None:
         """Tells a reader that came after all others were told."""
         if self._telling:
-            reader.tell(self.reconnect(resume=False))
+            reader.tell(self.reconnect(resume=self._moving))
 
     def reconnect(self, *, resume: bool) -> bytes:
         """The event that tells one reader when to come back if its connection ends.

@@ -3,7 +3,8 @@
 AisseError
 ├── ConfigError               the start is refused (exit 78, sysexits' EX_CONFIG)
 ├── RequestError              the client's request is at fault, or cannot be taken now: a 4xx or 503 of ours
-│   └── DrainingError         nothing was started, because the server is shutting down
+│   ├── DrainingError         nothing was started, because the server is shutting down
+│   └── LogUnavailableError   the shared log does not answer
 └── StreamError               what ends a stream otherwise than complete
     ├── UpstreamError         the upstream refused, failed or said so in an `error` event
     └── LimitError            a bound of ours was reached
@@ -58,6 +59,13 @@ class DrainingError(RequestError):
 
     def __init__(self) -> None:
         super().__init__(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
+
+
+class LogUnavailableError(RequestError):
+    """What only the shared log knows cannot be said now: the same request may succeed later."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "overloaded_error", "the log of answers does not respond", retry_after_s=1)
 
 
 @dataclass(eq=False)

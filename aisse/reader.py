@@ -43,8 +43,9 @@ _log = structlog.get_logger("aisse.reader")
 _PEER_GRACE_S = 5.0
 
 
-# How long a reader has to take its last event before its body is broken off.
-_BREAK_OFF_S = 1.0
+# Chromium drops bytes that arrive together with the end of a connection that breaks.
+BREAK_OFF_S = 1.0
+"""How long a reader has to take `reconnect` before its body is broken off."""
 
 
 class StreamResponse(EventSourceResponse):
@@ -77,6 +78,7 @@ class Reader:
         "_seq",
         "_settings",
         "_taken",
+        "_told",
         "_transport",
         "_waiter",
         "_write_buffer_bytes",
@@ -107,6 +109,7 @@ class Reader:
         self._output_bytes = 0
         self._closing = False  # nothing may be written any more
         self._control = b""
+        self._told: float | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._written = 0  # as of the last look
         self._last_write = 0.0
@@ -156,6 +159,8 @@ class Reader:
                 break
             stream.catch_up(self)
             await self._leave_tail()
+            if self._closing:
+                raise ConnectionResetError("moved")
         # A heartbeat after the last chunk would be taken for the next response on this connection.
         self._closing = True
         # Here and not by returning: the sweep must still see a peer that never takes the last bytes, be they few.
@@ -231,6 +236,7 @@ class Reader:
             await self._room()
             control, self._control = self._control, b""
             self._write(control)
+            self._told = self._loop.time()
 
     async def _room(self) -> None:
         assert self._protocol is not None
@@ -282,6 +288,21 @@ class Reader:
         self._control = control
         # By the task that alone waits for the socket: at the tail nobody would write to a reader that is blocked.
         self.stream.fall_behind(self)
+
+    def told_for(self, now: float) -> float:
+        """Seconds since the client was told something by a control event; 0 where it was not."""
+        return now - self._told if self._told is not None else 0.0
+
+    def part(self) -> None:
+        """Closes the connection after what was written, without the end of the body: the client comes back elsewhere.
+
+        Not for one that takes nothing: that never comes to its end.
+        """
+        self._closing = True
+        self.stream.detach(self)
+        assert self._transport is not None
+        self._transport.close()
+        self.wake()
 
     # --- called by the stream ---------------------------------------------------------------------------------
 
@@ -364,6 +385,5 @@ async def turn_away(request: web.Request, response: StreamResponse, cursor: str 
     writer = await response.prepare(request)
     assert isinstance(writer, StreamWriter)
     await writer.write(opening(RETRY_MS, cursor) + reconnect, drain=False)
-    # Chromium drops bytes that arrive together with the end of a connection that breaks.
-    await asyncio.sleep(_BREAK_OFF_S)
+    await asyncio.sleep(BREAK_OFF_S)
     raise ConnectionResetError("turned away")

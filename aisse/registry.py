@@ -13,13 +13,14 @@ import json
 import math
 import secrets
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import structlog
 
 from aisse.errors import DrainingError, RequestError, StreamError, UpstreamError
 from aisse.relay import Relay
-from aisse.replay import MemoryLog, ReplayMemory
+from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.stream import Reason, State, Stream
 
 if TYPE_CHECKING:
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
 
     from aisse.reader import Reader
     from aisse.settings import Settings
+    from aisse.shared import Shared
     from aisse.upstream import Upstream
 
 Key = tuple[bytes, str]
 """Whose Idempotency-Key (a digest of the access token, empty without) and the key itself."""
+
+OpenShared = Callable[["Settings", ReplayMemory], "Shared"]
 
 SWEEP_S = 1.0
 
@@ -41,12 +45,19 @@ KEPT_BYTES = 2 << 10
 # How many streams the sweep looks at before other tasks get a turn, so that it delays no token by more than that.
 _SWEEP_BATCH = 100
 
+# How long the shared log may take to get the last events of streams that are ended at shutdown, and for a stream that
+# somebody is about to be told of.
+_SHARED_S = 0.5
+
 # Loop lag above this, and so many failures in a row, make the service `degraded`.
 _LAG_S = 0.5
 _FAILURES = 5
 
 # Span over which a rate of tokens is shown.
 _RATE_S = 10
+
+_NO_SUCH_STREAM = "there is no such stream; it may have expired"
+_OTHER_REQUEST = "was used for another request before"
 
 _NOT_FAILED = frozenset({Reason.COMPLETE, Reason.STOPPED, Reason.ABANDONED})
 
@@ -56,10 +67,13 @@ _log = structlog.get_logger("aisse.registry")
 class Registry:
     """Owns the streams. `start` and `close` bracket its life; everything between runs on one event loop."""
 
-    def __init__(self, settings: Settings, upstream: Upstream) -> None:
+    def __init__(self, settings: Settings, upstream: Upstream, open_shared: OpenShared | None = None) -> None:
+        """`open_shared` is there where the log is shared."""
         self._settings = settings
         self._upstream = upstream
         self._memory = ReplayMemory(settings.replay_bytes)
+        self._shared = open_shared(settings, self._memory) if open_shared is not None else None
+        self._claiming = asyncio.Lock()
         self._running: dict[str, Stream] = {}
         self._finished: OrderedDict[str, Stream] = OrderedDict()  # oldest end first
         self._keys: dict[Key, tuple[Stream, bytes]] = {}
@@ -79,7 +93,9 @@ class Registry:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_S + 1)
 
     async def start(self) -> None:
-        """Starts the sweep."""
+        """Starts the sweep. Raises ConfigError where the shared log is not ours to use."""
+        if self._shared is not None:
+            await self._shared.start(self._running, self)
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="registry sweep")
 
     async def idle(self, within_s: float) -> bool:
@@ -108,51 +124,95 @@ class Registry:
             tasks.append(self._sweeper)
             self._sweeper = None
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._shared is not None:
+            if not await self._shared.settled(_SHARED_S):
+                _log.warning("the shared log has not got everything", streams=self._shared.behind)
+            await self._shared.close()
 
     # --- streams ----------------------------------------------------------------------------------------------
 
-    def get(self, stream_id: str) -> Stream:
-        """The stream of that id, running or retained. Raises RequestError (404)."""
-        stream = self._running.get(stream_id) or self._finished.get(stream_id)
+    def get(self, stream_id: str) -> Stream | None:
+        """The stream of that id that runs or is retained here."""
+        return self._running.get(stream_id) or self._finished.get(stream_id)
+
+    async def find(self, stream_id: str) -> Stream:
+        """The stream of that id, running or retained, here or elsewhere.
+
+        Raises RequestError (404), and LogUnavailableError where nobody knows.
+        """
+        stream = self.get(stream_id)
+        if stream is None and self._shared is not None:
+            self._need_room()
+            stream = await self._shared.find(stream_id)
         if stream is None:
-            raise RequestError(404, "not_found_error", "there is no such stream; it may have expired")
+            raise RequestError(404, "not_found_error", _NO_SUCH_STREAM)
         return stream
 
-    def stop(self, stream: Stream) -> None:
-        """Somebody asked for it. Idempotent, also for a stream that has ended."""
-        self.end(stream, Reason.STOPPED)
+    async def stop(self, stream_id: str) -> None:
+        """Somebody asked for it. Idempotent, also for a stream that has ended. Raises as `find` does."""
+        if (stream := self._running.get(stream_id)) is not None:
+            self.end(stream, Reason.STOPPED)
+        elif stream_id not in self._finished and not (
+            self._shared is not None and await self._shared.ask_to_stop(stream_id)
+        ):
+            raise RequestError(404, "not_found_error", _NO_SUCH_STREAM)
 
-    def create_once(self, key: Key, body: bytes, leave_s: float) -> Stream:
-        """As `create`, but once for a key: the same key gets the stream that it started.
+    async def told(self, stream: Stream) -> None:
+        """Returns once whoever is told of the stream finds it on other instances, too; soon in any case."""
+        if self._shared is not None:
+            await self._shared.known(stream.id, _SHARED_S)
+
+    async def create_once(self, key: Key, body: bytes, leave_s: float) -> Stream:
+        """As `create`, but once for a key, on all instances: the same key gets the stream that it started.
 
         A key is remembered for as long as its stream is. Raises RequestError (422) for one that came with another
-        body. Nothing waits in here, so that of two requests that race the second finds the first's stream.
+        body, and LogUnavailableError where nobody knows. Where the log is not shared nothing waits in here, so that of
+        two requests that race the second finds the first's stream; where it is, one waits for the other.
         """
         # The same request in other words is the same; `body` itself goes to the upstream as it was asked.
         digest = hashlib.sha256(json.dumps(json.loads(body), sort_keys=True).encode()).digest()
-        if (known := self._keys.get(key)) is not None:
-            if known[1] != digest:
-                raise RequestError(
-                    422, "invalid_request_error", "was used for another request before", "Idempotency-Key"
-                )
-            return known[0]
-        stream = self.create(body, leave_s)
+        if self._shared is None:
+            return self._started(key, digest) or self._start(key, digest, body, leave_s)
+        async with self._claiming:
+            if (started := self._started(key, digest)) is not None:
+                return started
+            self.admit()
+            claimed, holder = await self._shared.claim(key, digest)
+            if holder is None:
+                raise RequestError(422, "invalid_request_error", _OTHER_REQUEST, "Idempotency-Key")
+            if holder == claimed:
+                try:
+                    return self._start(key, digest, body, leave_s, claimed)
+                except BaseException:
+                    self._shared.withdraw(claimed, key)
+                    raise
+        return await self.find(holder)
+
+    def _started(self, key: Key, digest: bytes) -> Stream | None:
+        if (known := self._keys.get(key)) is None:
+            return None
+        if known[1] != digest:
+            raise RequestError(422, "invalid_request_error", _OTHER_REQUEST, "Idempotency-Key")
+        return known[0]
+
+    def _start(self, key: Key, digest: bytes, body: bytes, leave_s: float, stream_id: str | None = None) -> Stream:
+        stream = self.create(body, leave_s, stream_id)
         stream.key = key
         self._keys[key] = stream, digest
         return stream
 
-    def create(self, body: bytes, leave_s: float) -> Stream:
+    def create(self, body: bytes, leave_s: float, stream_id: str | None = None) -> Stream:
         """Starts a generation for `body`, the upstream's request. Raises RequestError (503) where there is no room."""
         self.admit()
         if len(self._running) >= self._settings.max_streams:
             raise RequestError(503, "overloaded_error", "too many answers are being generated", retry_after_s=5)
-        if not self._make_room():
-            raise RequestError(503, "overloaded_error", "the memory for answers is full", retry_after_s=5)
-        # 128 bits from the system: whoever has the id may read the stream, nobody may guess it.
-        stream_id = secrets.token_urlsafe(16)
+        self._need_room()
+        if stream_id is None:
+            # 128 bits from the system: whoever has the id may read the stream, nobody may guess it.
+            stream_id = secrets.token_urlsafe(16)
         stream = Stream(
             stream_id,
-            MemoryLog(stream_id, self._memory),
+            self._shared.log(stream_id) if self._shared is not None else MemoryLog(stream_id, self._memory),
             now=asyncio.get_running_loop().time(),
             # One more read of the socket may bring what the kernel holds: twice SO_RCVBUF, socket(7).
             read_ahead_bytes=max(
@@ -179,8 +239,8 @@ class Registry:
 
     def end(self, stream: Stream, reason: Reason, error: StreamError | None = None) -> None:
         """Ends a stream from outside its relay and closes its upstream's connection at once. Idempotent."""
-        if stream.finish(reason, error) and (owned := self._relays.get(stream.id)) is not None:
-            owned[1].cancel()
+        if stream.finish(reason, error):
+            self._close_upstream(stream)
 
     @contextlib.contextmanager
     def reading(self, reader: Reader) -> Iterator[None]:
@@ -210,6 +270,23 @@ class Registry:
         busy = self._running or self._readers or self._unanswered
         if self._idle is not None and not self._idle.done() and not busy:
             self._idle.set_result(None)
+
+    def bury(self, stream: Stream, frames: bytes, last_seq: int) -> None:
+        """Ends a stream by the frames with which another instance has; none where it is not known how. Idempotent."""
+        if not frames:
+            self.end(stream, Reason.PRODUCER_LOST)
+        else:
+            stream.conclude(frames, last_seq)
+            self._close_upstream(stream)
+
+    def _close_upstream(self, stream: Stream) -> None:
+        if (owned := self._relays.get(stream.id)) is not None:
+            owned[1].cancel()
+
+    def keep(self, stream: Stream) -> None:
+        """A stream from elsewhere has ended, and is kept like those from here."""
+        self._finished[stream.id] = stream
+        self._memory.used += KEPT_BYTES
 
     def _left(self, stream: Stream) -> None:
         # With no leave time the upstream is cancelled now, not at the next sweep.
@@ -242,13 +319,16 @@ class Registry:
             self._finished[stream.id] = stream
             self._memory.used += KEPT_BYTES
         else:
-            self._release(stream)  # nobody was ever told its id; its key may be tried again
+            # Nobody was ever told its id; its key may be tried again.
+            self._release(stream)
+            if self._shared is not None:
+                self._shared.withdraw(stream.id, stream.key)
         error = stream.error
         _log.info(
             "stream ended",
             stream_id=stream.id[:8],
             reason=reason.value,
-            events=stream.log.last_seq,
+            events=stream.events,
             stream_bytes=stream.log.tail,
             readers=stream.readers,
             duration_s=round(stream.ended - stream.created, 3),
@@ -259,6 +339,10 @@ class Registry:
         self._tell_idle()
 
     # --- memory -----------------------------------------------------------------------------------------------
+
+    def _need_room(self) -> None:
+        if not self._make_room():
+            raise RequestError(503, "overloaded_error", "the memory for answers is full", retry_after_s=5)
 
     def _make_room(self) -> bool:
         """Forgets finished streams, oldest end first, while the bound is exceeded; readers at work keep theirs."""
@@ -308,6 +392,8 @@ class Registry:
             self._sweep_stream(stream, now)
             if count % _SWEEP_BATCH == 0:
                 await asyncio.sleep(0)
+        if self._shared is not None:
+            self._shared.sweep(now)
         self._make_room()
         for stream in list(self._finished.values()):
             assert stream.ended is not None
@@ -344,7 +430,9 @@ class Registry:
             return  # while this sweep let others run
         try:
             relay, _ = self._relays[stream.id]
-            if stream.leaves_at is not None and now >= stream.leaves_at:
+            # A reader that is back elsewhere is heard of a little later.
+            grace_s = self._shared.leave_grace_s if self._shared is not None and stream.leave_s else 0.0
+            if stream.leaves_at is not None and now >= stream.leaves_at + grace_s:
                 self.end(stream, Reason.ABANDONED)
             elif (late := relay.overdue(now)) is not None:
                 self.end(stream, Reason.TIMEOUT, late)
@@ -403,4 +491,11 @@ class Registry:
             troubles.append("max_streams is reached; new streams get 503")
         if self._memory.used >= self._memory.limit and not any(s.readers == 0 for s in self._finished.values()):
             troubles.append("replay_bytes is reached; new streams get 503")
+        if self._shared is not None and (trouble := self._shared.trouble) is not None:
+            troubles.append(f"{trouble}; {self._shared.behind} streams are not up to date for other instances")
         return troubles
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether a reader that leaves finds its stream on another instance, as far as it has got here."""
+        return self._shared is not None and self._shared.trouble is None

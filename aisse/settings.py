@@ -55,6 +55,8 @@ Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0, le=86400 * 7, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400 * 7, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 30)]
+LeaseSeconds = Annotated[float, Field(ge=1, le=600, allow_inf_nan=False)]
+TickSeconds = Annotated[float, Field(ge=0.001, le=1, allow_inf_nan=False)]
 LargeBytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 50)]
 
 
@@ -120,7 +122,11 @@ class Settings(BaseModel):
     )
     reconnect_spread_s: Seconds = _field(5, "readers that come back after a shutdown are spread over so long")
 
-    log: Literal["memory"] = _field("memory", "where streams are kept for replay")
+    log: str = _field(
+        "memory", "where streams are kept for replay: `memory`, or a URL redis://, rediss:// or unix://", repr=False
+    )
+    lease_s: LeaseSeconds = _field(6, "with a shared log: an instance that is silent for so long has lost its streams")
+    log_tick_s: TickSeconds = _field(0.02, "with a shared log: how long events are gathered before they go there")
     log_format: Literal["auto", "json", "console"] = _field("auto", "auto: console on a terminal, else json")
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe log line that is written")
 
@@ -145,6 +151,19 @@ class Settings(BaseModel):
         if url.query_string or url.fragment:
             raise ValueError("must have no query and no fragment")
         return value.rstrip("/")
+
+    @field_validator("log")
+    @classmethod
+    def _shared_log(cls, value: str) -> str:
+        if value == "memory":
+            return value
+        try:
+            url = URL(value)
+        except ValueError as error:
+            raise ValueError("is no URL") from error
+        if url.scheme not in {"redis", "rediss", "unix"} or not (url.path if url.scheme == "unix" else url.host):
+            raise ValueError("must be `memory`, redis://host:port/0, rediss://... or unix:///path")
+        return value
 
     @field_validator("cors_origins")
     @classmethod
@@ -193,6 +212,18 @@ SECRETS = frozenset({"access_tokens", "upstream_key"})
 MASK = "********"
 
 
+def has_password(text: str) -> bool:
+    """Whether a URL has a password in it."""
+    return re.search(r"//[^/@]*:[^/]*@|[?&]password=", text) is not None
+
+
+def without_password(text: str) -> str:
+    """A URL with what stands in it for a password masked."""
+    return re.sub(
+        r"(//[^/@:]*:)[^/]*@|([?&]password=)[^&]*", lambda it: f"{it[1]}{MASK}@" if it[1] else it[2] + MASK, text
+    )
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`. Names other than localhost count as reachable from elsewhere."""
     try:
@@ -229,6 +260,8 @@ def load(
             origin = label.format(name=name, env=ENV_PREFIX + name.upper(), flag="--" + name.replace("_", "-"))
             if name not in Settings.model_fields:
                 raise ConfigError(f"{origin}: there is no such setting; `aisse config` lists them")
+            if name == "log" and source is flags and has_password(str(value)):
+                raise ConfigError(f"{origin}: other users see a password here; put the URL into {ENV_PREFIX}LOG")
             values[name] = value
             origins[name] = origin
     try:
@@ -272,5 +305,7 @@ def shown(name: str, value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(name, item) for item in value) + "]"
     if isinstance(value, str):
+        if name == "log":
+            value = without_password(value)
         return json.dumps(value, ensure_ascii=False)  # a basic string of TOML, but for characters that no setting has
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

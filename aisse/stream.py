@@ -19,12 +19,12 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from aisse.errors import StreamError
-from aisse.sse import frame
+from aisse.sse import data_of, frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from aisse.replay import Log
+    from aisse.replay.memory import Log
 
 
 class State(enum.Enum):
@@ -53,6 +53,7 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"
     LIMIT = "limit"
     SHUTDOWN = "shutdown"
+    PRODUCER_LOST = "producer_lost"
 
 
 WITHOUT_ERROR = frozenset({Reason.COMPLETE, Reason.STOPPED})
@@ -64,10 +65,45 @@ _MESSAGES = {
     Reason.TIMEOUT: "the upstream took too long",
     Reason.LIMIT: "this answer is longer than the server allows",
     Reason.SHUTDOWN: "the server is shutting down",
+    Reason.PRODUCER_LOST: "the server that was generating this answer is gone",
 }
 
 # What a client gets that has not been answered yet, 502 for every other reason.
 _STATUSES = {Reason.TIMEOUT: 504, Reason.SHUTDOWN: 503}
+
+
+# By so much the numbers jump before the error of a lost producer. Its readers may have been told more than the shared
+# log got: of a reader whose last number both a lost event and the end had, nobody could tell what it has seen.
+HOLE = 10**9
+
+
+def ending(
+    stream_id: str, seq: int, reason: Reason, error: StreamError | None, usage: dict[str, int]
+) -> tuple[bytes, int]:
+    """The frames that end a stream whose last event has number `seq`, and the number of the last of them.
+
+    `error` is there for every reason but those `WITHOUT_ERROR`.
+    """
+    events = seq
+    if reason is Reason.PRODUCER_LOST:
+        seq += HOLE
+    frames = b""
+    if error is not None:
+        seq += 1
+        events += 1
+        frames = frame("error", _json(error.body()), f"{stream_id}.{seq}")
+    end = {"type": "end", "reason": reason, "events": events, "usage": usage}
+    seq += 1
+    return frames + frame("end", _json(end), f"{stream_id}.{seq}"), seq
+
+
+def failure(reason: Reason) -> StreamError | None:
+    """What is said of a stream that ends for `reason` where nothing closer is known; None where nothing is wrong."""
+    if reason in WITHOUT_ERROR:
+        return None
+    retry_after = "1" if reason is Reason.SHUTDOWN else None
+    kind = "api_error" if reason is Reason.ERROR else f"{reason}_error"
+    return StreamError(kind, _MESSAGES[reason], _STATUSES.get(reason, 502), retry_after)
 
 
 class AttachedReader(Protocol):
@@ -93,6 +129,10 @@ class _Asker:
 
     def wake(self) -> None:
         pass
+
+
+class Elsewhere(_Asker):
+    """The readers that a stream has on other instances, like one that is behind: they tell how far they are."""
 
 
 class Stream:
@@ -137,7 +177,7 @@ class Stream:
         *,
         now: float,
         read_ahead_bytes: int,
-        stream_bytes: int,
+        stream_bytes: float,
         leave_s: float,
         on_left: Callable[[Stream], None],
         on_end: Callable[[Stream], None],
@@ -199,6 +239,16 @@ class Stream:
         self._resolve_started()
 
     @property
+    def events(self) -> int:
+        """How many events there are."""
+        return self.log.last_seq - (HOLE if self.reason is Reason.PRODUCER_LOST else 0)
+
+    @property
+    def furthest(self) -> int:
+        """Position up to which some reader has got."""
+        return self.log.tail if self._caught_up else self._furthest
+
+    @property
     def refusal(self) -> StreamError | None:
         """Why the stream failed before it committed, for a real status; None in every other case."""
         return self.error if not self._committed else None
@@ -227,35 +277,40 @@ class Stream:
         """Ends the stream: `error` unless it went well, then `end`. False, and nothing happens, if it had ended."""
         if self.state is State.ENDED:
             return False
-        if reason not in WITHOUT_ERROR and error is None:
-            retry_after = "1" if reason is Reason.SHUTDOWN else None
-            error = StreamError(
-                "api_error" if reason is Reason.ERROR else f"{reason}_error",
-                _MESSAGES[reason],
-                _STATUSES.get(reason, 502),
-                retry_after,
-            )
-        seq = self.log.last_seq
-        frames = b""
-        if error is not None:
-            seq += 1
-            frames = frame("error", _json(error.body()), f"{self.id}.{seq}")
-        end = {"type": "end", "reason": reason, "events": seq, "usage": self.usage}
-        seq += 1
-        frames += frame("end", _json(end), f"{self.id}.{seq}")
+        if error is None:
+            error = failure(reason)
+        frames, seq = ending(self.id, self.log.last_seq, reason, error, self.usage)
+        self._conclude(reason, error, frames, seq, time.time())
+        return True
 
+    def conclude(self, frames: bytes, last_seq: int, ended_at: float | None = None) -> None:
+        """Ends the stream by `frames`, the last of which is an `end` that was written elsewhere. Idempotent."""
+        if self.state is State.ENDED:
+            return
+        end = frames[:-2].rpartition(b"\n\n")[2]
+        said = json.loads(data_of(end.rpartition(b"\nid: ")[0]))
+        reason = Reason(said["reason"])
+        self.usage.update(said["usage"])
+        self._conclude(reason, failure(reason), frames, last_seq, ended_at or time.time())
+
+    def _conclude(
+        self, reason: Reason, error: StreamError | None, frames: bytes, last_seq: int, ended_at: float
+    ) -> None:
         self._enter(State.ENDED)
         self.reason = reason
         self.error = error
         self.ended = asyncio.get_running_loop().time()
-        self.ended_at = time.time()
-        self.publish(frames, seq)
+        self.ended_at = ended_at
+        self.publish(frames, last_seq)
         self.log.seal()
         self._resolve_started()
         self._open_gate()
         self._leave_tail(tuple(self._caught_up), self.log.tail)
         self._on_end(self)
-        return True
+
+    def usage_so_far(self) -> dict[str, int]:
+        """Tokens as the upstream has reported them."""
+        return self.usage
 
     # --- the readers' side ------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from aisse import registry as registry_module
 from aisse.app import runner_arguments
 from aisse.reader import RETRY_MS, Reader, StreamResponse
 from aisse.registry import Registry
-from aisse.replay import MemoryLog, ReplayMemory
+from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.settings import Settings
 from aisse.sse import HEARTBEAT, frame, opening, reconnect
 from aisse.stream import Reason, State, Stream

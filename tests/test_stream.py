@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from aisse.errors import StreamError, UpstreamError
-from aisse.replay import SEGMENT_BYTES, MemoryLog, ReplayMemory
+from aisse.replay.memory import SEGMENT_BYTES, MemoryLog, ReplayMemory
 from aisse.sse import Parser, frame
-from aisse.stream import TRANSITIONS, WITHOUT_ERROR, Reason, State, Stream
+from aisse.stream import HOLE, TRANSITIONS, WITHOUT_ERROR, Reason, State, Stream, ending, failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -231,10 +231,11 @@ async def test_end_is_the_last_event_and_says_how(reason: Reason, published: int
     assert (stream.reason, stream.state) == (reason, State.ENDED)
     found = events(logged(stream, len(before)))
     seq = published
+    hole = HOLE if reason is Reason.PRODUCER_LOST else 0
     if reason not in {Reason.COMPLETE, Reason.STOPPED}:
         seq += 1
         event_type, data, event_id = found.pop(0)
-        assert (event_type, event_id) == ("error", f"{ID}.{seq}")
+        assert (event_type, event_id) == ("error", f"{ID}.{seq + hole}")
         assert data.keys() == {"type", "error"}
         assert data["type"] == "error"
         assert data["error"].keys() == {"type", "message"}
@@ -245,8 +246,32 @@ async def test_end_is_the_last_event_and_says_how(reason: Reason, published: int
         assert stream.error is None
     usage = {"input_tokens": 25, "output_tokens": 80}
     end = {"type": "end", "reason": reason.value, "events": seq, "usage": usage}
-    assert found == [("end", end, f"{ID}.{seq + 1}")]
-    assert stream.log.last_seq == seq + 1
+    assert found == [("end", end, f"{ID}.{seq + 1 + hole}")]
+    assert stream.log.last_seq == seq + 1 + hole
+    assert stream.events == seq + 1
+
+
+async def test_end_that_was_written_elsewhere_ends_the_stream_with_what_it_says() -> None:
+    stream = make_stream()
+    publish(stream, 5, 5)
+    frames, last_seq = ending(ID, 2, Reason.TIMEOUT, failure(Reason.TIMEOUT), {"input_tokens": 3, "output_tokens": 4})
+    stream.conclude(frames, last_seq, 1000.0)
+    assert (stream.reason, stream.state, stream.ended_at) == (Reason.TIMEOUT, State.ENDED, 1000.0)
+    assert stream.usage == {"input_tokens": 3, "output_tokens": 4}
+    assert logged(stream).endswith(frames)
+    stream.conclude(frames, last_seq)
+    assert not stream.finish(Reason.STOPPED)
+    assert logged(stream).count(b"event: end\n") == 1
+
+
+@pytest.mark.parametrize("cursor", [2, 3, 4, 100])
+async def test_reader_ahead_of_a_lost_producer_gets_its_end(cursor: int) -> None:
+    """It was told what the log never got: no number that it can have seen is one of the end's."""
+    stream = make_stream()
+    before = publish(stream, 5, 5)
+    stream.finish(Reason.PRODUCER_LOST)
+    assert stream.log.position_after(cursor) == len(before)
+    assert stream.log.position_after(1) == len(before) // 2
 
 
 def test_only_what_went_well_ends_without_error() -> None:
@@ -1015,7 +1040,7 @@ class Streams(RuleBasedStateMachine):
         self.note_none_left()
 
     @precondition(lambda self: self.steps >= self.lives)
-    @rule(reason=st.sampled_from(Reason))
+    @rule(reason=st.sampled_from([reason for reason in Reason if reason is not Reason.PRODUCER_LOST]))
     def finish(self, reason: Reason) -> None:
         assert self.stream.finish(reason) is (self.expected_reason is None)
         self.expected_reason = self.expected_reason or reason

@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from aiohttp import hdrs, web
 
@@ -47,18 +47,18 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
             # Clients repeat their POST on a lost connection: it joins, whatever its body, and never starts anything.
             await read_body(request, settings)
             try:
-                return await read(request, registry.get(cursor[0]), cursor[1])
+                return await read(request, await registry.find(cursor[0]), cursor[1])
             except RequestError:
                 # It may be on the server that follows this one.
                 registry.admit()
                 raise
-        stream = start(request.headers, await read_body(request, settings), who)
+        stream = await start(request.headers, await read_body(request, settings), who)
         # Nothing may wait before a reader is attached: a stream that nobody has attached to is nobody's to end.
         if _prefers_async(request.headers):
             return await accept(stream)
         return await read(request, stream, 0)
 
-    def start(headers: CIMultiDictProxy[str], body: bytes, who: bytes) -> Stream:
+    async def start(headers: CIMultiDictProxy[str], body: bytes, who: bytes) -> Stream:
         # A function of its own, so that the body goes when it has been sent.
         question = upstream_body(body, settings)
         leave_s = parse_leave(headers, settings)
@@ -67,30 +67,33 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
             return registry.create(question, leave_s)
         if re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
             raise RequestError(400, "invalid_request_error", "must be 1 to 255 printable characters", "Idempotency-Key")
-        return registry.create_once((who, key), question, leave_s)
+        return await registry.create_once((who, key), question, leave_s)
 
     async def get(request: web.Request) -> web.StreamResponse:
+        stream_id = stream_in(request)
+        wants_state = _wants_state(request.headers.get(hdrs.ACCEPT, ""))
+        if registry.draining and registry.hands_over and not wants_state:
+            await elsewhere(request, settings, drain)
         try:
-            stream = registry.get(request.match_info["stream"])
-        except RequestError:
-            # Of a text that is no id nothing may get into headers.
-            wellformed = re.fullmatch(_ID, request.match_info["stream"]) is not None
-            if registry.draining and wellformed and not _wants_state(request.headers.get(hdrs.ACCEPT, "")):
-                return await elsewhere(request)
+            stream = await registry.find(stream_id)
+        except RequestError as error:
+            # A native EventSource gives up for good on a 503, and on a 404 from a server that is about to go.
+            if not wants_state and (registry.draining or error.status == 503):
+                await elsewhere(request, settings, drain)
             raise
-        if _wants_state(request.headers.get(hdrs.ACCEPT, "")):
-            return web.json_response(state_of(stream), headers=_location(stream))
+        if wants_state:
+            return web.json_response(state_of(stream), headers=_location(stream.id))
         seq = cursor_in(request) or 0
         compacted = request.query.get("compact") == "1"
         if stream.state is State.ENDED and seq == stream.log.last_seq:
             # The one answer on which a native EventSource stops for good.
-            return web.Response(status=204, headers=_location(stream))
+            return web.Response(status=204, headers=_location(stream.id))
         return await read(request, stream, seq, compacted=compacted)
 
     async def stop(request: web.Request) -> web.Response:
-        stream = registry.get(request.match_info["stream"])
-        registry.stop(stream)
-        return web.Response(status=204, headers=_location(stream))
+        stream_id = stream_in(request)
+        await registry.stop(stream_id)
+        return web.Response(status=204, headers=_location(stream_id))
 
     async def read(request: web.Request, stream: Stream, seq: int, *, compacted: bool = False) -> web.StreamResponse:
         reader = Reader(stream, settings, seq, compacted=compacted)
@@ -98,25 +101,16 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         with registry.reading(reader):
             return await reader.run(request)
 
-    async def elsewhere(request: web.Request) -> web.StreamResponse:
-        seq = cursor_in(request)
-        stream_id = request.match_info["stream"]
-        await turn_away(
-            request,
-            StreamResponse(stream_id, settings),
-            f"{stream_id}.{seq}" if seq is not None else None,
-            drain.reconnect(resume=True),
-        )
-
     async def accept(stream: Stream) -> web.Response:
         with stream.asked():
             await stream.answerable(settings.first_byte_commit_s)
+            await registry.told(stream)
             stream.expect_reader(asyncio.get_running_loop().time() + _FIRST_READER_S)
         url = f"/api/chat/{stream.id}"
         return web.json_response(
             {"id": stream.id, "url": url, "status": stream.state.value},
             status=202,
-            headers={hdrs.LOCATION: url} | _location(stream),
+            headers={hdrs.LOCATION: url} | _location(stream.id),
         )
 
     return [
@@ -125,6 +119,22 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         web.delete("/api/chat/{stream}", stop),
         web.post("/api/chat/{stream}/stop", stop),
     ]
+
+
+def stream_in(request: web.Request) -> str:
+    """The id in the path of `request`. Raises RequestError (404) for other text, which must not get into headers."""
+    stream_id = request.match_info["stream"]
+    if re.fullmatch(_ID, stream_id) is None:
+        raise RequestError(404, "not_found_error", "there is no such stream; its id is not one of this server's")
+    return stream_id
+
+
+async def elsewhere(request: web.Request, settings: Settings, drain: Drain) -> NoReturn:
+    """Has the client come back with its cursor, to another instance or later."""
+    seq = cursor_in(request)
+    stream_id = request.match_info["stream"]
+    cursor = f"{stream_id}.{seq}" if seq is not None else None
+    await turn_away(request, StreamResponse(stream_id, settings), cursor, drain.reconnect(resume=True))
 
 
 def cursor_in(request: web.Request) -> int | None:
@@ -176,9 +186,9 @@ def state_of(stream: Stream) -> dict[str, object]:
         "id": stream.id,
         "status": stream.state.value,
         "reason": stream.reason,
-        "events": stream.log.last_seq,
+        "events": stream.events,
         "last_event_id": f"{stream.id}.{stream.log.last_seq}",
-        "usage": stream.usage,
+        "usage": stream.usage_so_far(),
         "created": _time(stream.created_at),
         "ended": _time(stream.ended_at) if stream.ended_at is not None else None,
     }
@@ -188,8 +198,8 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _location(stream: Stream) -> dict[str, str]:
-    return {hdrs.CONTENT_LOCATION: f"/api/chat/{stream.id}"}
+def _location(stream_id: str) -> dict[str, str]:
+    return {hdrs.CONTENT_LOCATION: f"/api/chat/{stream_id}"}
 
 
 def _prefers_async(headers: CIMultiDictProxy[str]) -> bool:

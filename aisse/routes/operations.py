@@ -41,7 +41,7 @@ def routes(
             "bufferedBytes": registry.buffered_bytes,
             "replayBytes": registry.replay_bytes,
             "eventLoopLagMs": round(registry.loop_lag_s * 1000, 1),
-            "log": settings.log,
+            "log": settings.log.partition(":")[0],
             "upstream": upstream_name,
             "version": aisse.__version__,
         }

@@ -10,8 +10,10 @@ from itertools import accumulate, pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
-from aisse.replay import SEGMENT_BYTES, Log, MemoryLog, ReplayMemory
+from aisse.replay.memory import SEGMENT_BYTES, Log, MemoryLog, ReplayMemory
+from aisse.replay.redis import Mirror
 from aisse.sse import Parser, frame
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -26,10 +28,29 @@ STREAM = "fqBYVmVpYWb0mJ4ZXc_-1A"
 NewLog = Callable[[ReplayMemory], Log]
 
 
-@pytest.fixture(params=["memory"])
+@pytest.fixture(params=["memory", "redis"])
 def new_log(request: pytest.FixtureRequest) -> NewLog:
-    """Makes an empty log of STREAM. Every log that there is belongs into `params`."""
-    return {"memory": lambda memory: MemoryLog(STREAM, memory)}[request.param]
+    """Makes an empty log of STREAM. Every log that there is belongs into `params`.
+
+    What the shared one does beside these calls is test_redis.py's; here nothing is connected.
+    """
+    if request.param == "memory":
+        return lambda memory: MemoryLog(STREAM, memory)
+    mirror = Mirror(Redis(), Nobody(), tick_s=0.02, lease_s=6, retention_s=300)
+    return lambda memory: mirror.log(STREAM, memory)
+
+
+class Nobody:
+    """Whom a log that is not connected has nothing to say to."""
+
+    def read_elsewhere(self, stream_id: str, instances: int, position: int) -> None: ...
+
+    def stop_asked(self, stream_id: str) -> None: ...
+
+    def lost(self, stream_id: str, frames: bytes, last_seq: int) -> None: ...
+
+    def held_back(self, stream_id: str) -> bool:
+        return False
 
 
 @pytest.fixture
@@ -171,6 +192,19 @@ def test_position_before_the_first_frame_is_the_beginning(log: Log) -> None:
     assert log.position_after(0) == 0
     fill(log, [10, 10])
     assert log.position_after(0) == 0
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 400])
+def test_position_in_a_hole_is_the_first_frame_behind_it(log: Log, before: int) -> None:
+    """As a producer leaves one that was lost: in the open segment, and in one that is closed."""
+    frames = fill(log, [100] * before)
+    log.append(numbered(before + 1000), before + 1000)
+    log.append(numbered(before + 1001), before + 1001)
+    for _ in range(2):
+        for seq in (before + 1, before + 2, before + 999):
+            assert log.position_after(seq) == sum(map(len, frames))
+        assert log.position_after(before + 1000) == sum(map(len, frames)) + len(numbered(before + 1000))
+        log.seal()
 
 
 def test_position_beyond_the_last_frame_is_the_tail(log: Log) -> None:

@@ -1,4 +1,4 @@
-"""The replay log: a stream's frames, in order, from its first to its last.
+"""The replay log of one process: a stream's frames, in order, from its first to its last.
 
 A position is a byte offset that lies between two frames; 0 is the beginning. Frames carry their own ids, so a
 sequence number is found by looking for its `id:` line: no index is kept beside them.
@@ -6,6 +6,7 @@ sequence number is found by looking for its `id:` line: no index is kept beside 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from typing import Protocol
 
@@ -32,7 +33,10 @@ class Log(Protocol):
         """Whole frames from `position` on, at most `limit` bytes of them but at least one; empty at the tail."""
 
     def position_after(self, seq: int) -> int:
-        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it."""
+        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it.
+
+        Where there is no such frame, numbers having a hole there, that of the first frame behind the hole.
+        """
 
     def seal(self) -> None:
         """The stream has ended: nothing more comes."""
@@ -114,7 +118,15 @@ class MemoryLog:
             start = self.tail - len(self._open)
         # Data lines cannot contain this: they hold no line end, and it begins with one.
         line = self._id_line + b"%d\n\n" % seq
-        return start + segment.index(line) + len(line)
+        if (at := segment.find(line)) >= 0:
+            return start + at + len(line)
+        # A hole, as a producer that was lost leaves.
+        end = 0
+        for match in re.finditer(re.escape(self._id_line) + rb"(\d+)\n\n", segment):
+            if int(match[1]) > seq:
+                break
+            end = match.end()
+        return start + end
 
     def seal(self) -> None:
         """Gives back spare memory."""

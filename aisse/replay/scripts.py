@@ -1,0 +1,197 @@
+"""What runs inside Redis: one script for each step that must not be torn apart, and the names of keys.
+
+A stream has three keys: its entries (a Redis stream; an entry's id is the number of its last frame), its state (a hash)
+and its readers (a sorted set of instances by the time until which each counts). All carry the stream's bucket as hash
+tag, so that scripts may touch them together also in a Cluster; the bucket is the id's first character, one of 64.
+
+The state: `owner` (the producer's token), `last` (number of the last frame), `until` (when the lease lapses),
+`created`, `closed` (who ended it; unset while it runs), `ended`, `stop` (somebody asked for it), `far` (position up to
+which some reader elsewhere has got). Times are Redis's own, in milliseconds: instances' clocks are not compared.
+"""
+
+from __future__ import annotations
+
+PREFIX = "aisse:"
+
+
+def entries_key(stream_id: str) -> str:
+    """The frames."""
+    return f"{PREFIX}{{{stream_id[0]}}}:{stream_id}"
+
+
+def state_key(stream_id: str) -> str:
+    """What is known of the stream."""
+    return entries_key(stream_id) + ":state"
+
+
+def readers_key(stream_id: str) -> str:
+    """Where its readers are."""
+    return entries_key(stream_id) + ":readers"
+
+
+def claim_key(digest: str) -> str:
+    """An Idempotency-Key, by a digest in base64url."""
+    return f"{PREFIX}{{{digest[0]}}}:key:{digest}"
+
+
+_NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+# A script without flags is refused as a whole where memory is full. What keeps leases alive and tells of ends must not
+# be: it overwrites a few small values.
+_SMALL = "#!lua flags=allow-oom\n"
+
+OK, STOP, MISSING, CLOSED = range(4)
+"""What `APPEND` and `RENEW` say of a stream: nothing; somebody asks for its end; Redis does not know it, or as another
+producer's; somebody else has ended it. A negative number n: the last frame that is there is number -n - 1."""
+
+CREATE = (
+    "#!lua\n"
+    + _NOW
+    + """
+-- KEYS: state of each stream. ARGV: token, lease ms, keep ms; of each stream when it was created.
+for i, state in ipairs(KEYS) do
+  if redis.call('HSETNX', state, 'owner', ARGV[1]) == 1 then
+    redis.call('HSET', state, 'last', 0, 'until', now + ARGV[2], 'created', ARGV[3 + i])
+    redis.call('PEXPIRE', state, ARGV[3])
+  end
+end
+"""
+)
+
+APPEND = (
+    "#!lua\n"
+    + _NOW
+    + """
+-- KEYS: state and entries of each stream. ARGV: token, keep ms; of each stream the number of the frame before, that of
+-- the last, whether the stream ends with it, and the frames. Appends nothing unless the frame before is the last there.
+local said = {}
+for i = 1, #KEYS / 2 do
+  local state, entries, at = KEYS[2 * i - 1], KEYS[2 * i], 4 * i - 1
+  local before, last, ends = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+  local known = redis.call('HMGET', state, 'owner', 'closed', 'last', 'stop')
+  if known[1] ~= ARGV[1] then
+    said[i] = 2
+  elseif known[2] and known[2] ~= ARGV[1] then
+    said[i] = 3
+  elseif known[2] or known[3] ~= before then
+    said[i] = -known[3] - 1
+  else
+    redis.call('XADD', entries, last .. '-0', 'p', before, 'f', ARGV[at + 3])
+    redis.call('HSET', state, 'last', last)
+    if ends == '1' then
+      redis.call('HSET', state, 'closed', ARGV[1], 'ended', now)
+      redis.call('PEXPIRE', state, ARGV[2])
+    end
+    if ends == '1' or before == '0' then redis.call('PEXPIRE', entries, ARGV[2]) end
+    said[i] = known[4] and 1 or 0
+  end
+end
+return said
+"""
+)
+
+RENEW = (
+    _SMALL
+    + _NOW
+    + """
+-- KEYS: state, entries and readers of each stream. ARGV: token, lease ms, keep ms.
+-- Returns three numbers of each stream: as APPEND, instances that read it, position up to which those have got.
+local said = {}
+for i = 1, #KEYS, 3 do
+  local state = KEYS[i]
+  local known = redis.call('HMGET', state, 'owner', 'closed', 'stop', 'far')
+  local code, count = 0, 0
+  if known[1] ~= ARGV[1] then
+    code = 2
+  elseif known[2] and known[2] ~= ARGV[1] then
+    code = 3
+  elseif not known[2] then
+    redis.call('HSET', state, 'until', now + ARGV[2])
+    redis.call('PEXPIRE', state, ARGV[3])
+    redis.call('PEXPIRE', KEYS[i + 1], ARGV[3])
+    count = redis.call('ZCOUNT', KEYS[i + 2], now, '+inf')
+    if known[3] then code = 1 end
+  end
+  said[i], said[i + 1], said[i + 2] = code, count, tonumber(known[4] or 0)
+end
+return said
+"""
+)
+
+ATTEND = (
+    _SMALL
+    + _NOW
+    + """
+-- KEYS: state and readers of each stream. ARGV: instance, for how many ms it counts; of each stream whether it is
+-- read, and the position up to which it was. Returns the time; of each stream the milliseconds that its lease lasts
+-- (false: it is not known), the number of its last frame, and whether it has ended.
+local said = {now}
+for i = 1, #KEYS, 2 do
+  local state, readers = KEYS[i], KEYS[i + 1]
+  local known = redis.call('HMGET', state, 'until', 'last', 'closed', 'far')
+  local at = #said + 1
+  if known[1] then
+    if ARGV[i + 2] == '1' then
+      redis.call('ZADD', readers, now + ARGV[2], ARGV[1])
+      redis.call('PEXPIRE', readers, ARGV[2])
+      if tonumber(ARGV[i + 3]) > tonumber(known[4] or 0) then redis.call('HSET', state, 'far', ARGV[i + 3]) end
+    else
+      redis.call('ZREM', readers, ARGV[1])
+    end
+    said[at], said[at + 1], said[at + 2] = known[1] - now, tonumber(known[2]), known[3] and 1 or 0
+  else
+    said[at], said[at + 1], said[at + 2] = false, 0, 0
+  end
+end
+return said
+"""
+)
+
+BURY = (
+    _SMALL
+    + _NOW
+    + """
+-- KEYS: state and entries. ARGV: number of the last frame, that of the `end`, the frames, keep ms, latest time.
+-- Ends a stream whose lease has lapsed, once; 1 where it did. It does nothing late: a Redis that stood still would
+-- otherwise run what was sent before ahead of what renews the lease.
+local known = redis.call('HMGET', KEYS[1], 'until', 'last', 'closed')
+if not known[1] or known[3] or known[2] ~= ARGV[1] or tonumber(known[1]) > now or now > tonumber(ARGV[5]) then
+  return 0
+end
+redis.call('XADD', KEYS[2], ARGV[2] .. '-0', 'p', ARGV[1], 'f', ARGV[3])
+redis.call('HSET', KEYS[1], 'last', ARGV[2], 'closed', 'lost', 'ended', now)
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+)
+
+STOP_ASKED = (
+    _SMALL
+    + """
+-- KEYS: state. 1 where there is such a stream.
+if redis.call('HEXISTS', KEYS[1], 'owner') == 0 then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'closed') == 0 then redis.call('HSET', KEYS[1], 'stop', 1) end
+return 1
+"""
+)
+
+CLAIM = (
+    "#!lua\n"
+    + _NOW
+    + """
+-- KEYS: the claim, the state of the stream that would be. ARGV: what a stream's entries are called without its id, its
+-- id, a digest of the request, token, lease ms, keep ms, ms for which the claim holds, when created.
+-- Returns the stream that has the claim, and the digest of its request.
+local held = redis.call('HMGET', KEYS[1], 'stream', 'digest')
+if held[1] and redis.call('EXISTS', ARGV[1] .. held[1] .. ':state') == 1 then return held end
+redis.call('HSET', KEYS[1], 'stream', ARGV[2], 'digest', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[7])
+redis.call('HSET', KEYS[2], 'owner', ARGV[4], 'last', 0, 'until', now + ARGV[5], 'created', ARGV[8])
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
+return {ARGV[2], ARGV[3]}
+"""
+)

@@ -1,0 +1,306 @@
+"""The shared log on the side of who reads: streams of other processes, followed in Redis or Valkey.
+
+A stream that is followed has a local log like any other; one task brings what is new of all of them, however many, and
+another tells who is read here, and watches the leases. Whoever sees one lapse first ends its stream, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+from redis import exceptions
+
+from aisse.replay import scripts
+from aisse.replay.redis import RENEWALS, backoff_s, in_words, last_seq_of
+from aisse.replay.scripts import entries_key, readers_key, state_key
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from aisse.replay.memory import Log
+
+# What one call brings of each stream: two entries, which are at most a segment and a frame.
+_ENTRIES = 2
+# When a stream is opened it alone is read.
+_PAGE = 16
+
+# How long one call waits for something new, and how soon it is called again to take a stream in that has come.
+BLOCK_S = 1.0
+_UNBLOCK_AGAIN_S = 0.005
+
+# A look at the leases that took longer than this says nothing: Redis may have stood still, and leases lapsed with it.
+_PROMPT_S = 1.0
+
+_BATCH = 256
+
+_log = structlog.get_logger("aisse.replay")
+
+
+class Follower(Protocol):
+    """A stream that is generated elsewhere, as it stands here. Everything is synchronous."""
+
+    id: str
+    log: Log
+
+    @property
+    def furthest(self) -> int:
+        """Position up to which some reader here has got."""
+
+    @property
+    def readers(self) -> int:
+        """How many readers it has here."""
+
+    def publish(self, frames: bytes, last_seq: int) -> None:
+        """Adds whole frames."""
+
+    def conclude(self, frames: bytes, last_seq: int) -> None:
+        """Adds the frames that end it."""
+
+    def burial(self) -> tuple[bytes, int]:
+        """The frames that would end it as `producer_lost`, and the number of the last of them."""
+
+
+class _Followed:
+    """What is known of one stream beside the stream."""
+
+    __slots__ = ("entries", "missing_since", "readers", "state", "stream", "told")
+
+    def __init__(self, stream: Follower) -> None:
+        self.stream = stream
+        self.entries = entries_key(stream.id)
+        self.state = state_key(stream.id)
+        self.readers = readers_key(stream.id)
+        self.told = 0  # the position that Redis was told of
+        self.missing_since: float | None = None
+
+
+class Tailer:
+    """Follows streams. `run` is one task's."""
+
+    def __init__(
+        self,
+        client: Redis,
+        blocking: Redis,
+        instance: str,
+        *,
+        tick_s: float,
+        lease_s: float,
+        retention_s: float,
+        read_ahead_bytes: int,
+    ) -> None:
+        """`blocking` has one connection, which is this object's alone; `client` is anybody's."""
+        self._client = client
+        self._blocking = blocking
+        self._instance = instance
+        self._tick_s = tick_s
+        self._lease_s = lease_s
+        self._lease_ms = round(lease_s * 1000)
+        self._keep_ms = round((retention_s + lease_s) * 1000)
+        self._report_bytes = read_ahead_bytes // 4
+        self._followed: dict[bytes, _Followed] = {}
+        self._leaving: dict[bytes, _Followed] = {}
+        self._work = asyncio.Event()
+        self._round = 0  # of calls that wait; odd while one does
+        self._blocking_id: int | None = None
+        self._attend = client.register_script(scripts.ATTEND)
+        self._bury = client.register_script(scripts.BURY)
+        self._steady_since = time.monotonic()
+        self._attended = time.monotonic()
+        self._troubles: dict[str, str] = {}
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing comes from Redis, in words; None while it can."""
+        return next(iter(self._troubles.values()), None)
+
+    @property
+    def following(self) -> int:
+        """How many streams are followed."""
+        return len(self._followed)
+
+    async def load(self, stream: Follower) -> None:
+        """Brings a stream up to what Redis has of it. Raises RedisError."""
+        while True:
+            entries: Any = await self._client.xrange(entries_key(stream.id), f"({stream.log.last_seq}-0", count=_PAGE)
+            for _, fields in entries:
+                self._deliver(stream, fields)
+            if len(entries) < _PAGE:
+                return
+
+    async def follow(self, stream: Follower) -> None:
+        """Brings what comes of a stream from now on; it counts as read here. Redis may be away: then later."""
+        followed = _Followed(stream)
+        key = followed.entries.encode()
+        self._followed[key] = followed
+        self._leaving.pop(key, None)
+        self._work.set()
+        with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
+            await self._look_after([followed], about_to_be_read=True)
+            # The call that waits does not know of it yet, or is on its way to wait.
+            waiting = self._round
+            while waiting % 2 and waiting == self._round and self._blocking_id is not None:
+                if await self._client.client_unblock(self._blocking_id):
+                    return
+                await asyncio.sleep(_UNBLOCK_AGAIN_S)
+
+    def unfollow(self, stream: Follower) -> None:
+        """Nothing comes any more, and soon it does not count as read here. Idempotent."""
+        key = entries_key(stream.id).encode()
+        if (followed := self._followed.pop(key, None)) is not None:
+            self._leaving[key] = followed
+
+    async def leave(self) -> None:
+        """Has none count as read here. Redis may be away: then that lapses."""
+        for followed in list(self._followed.values()):
+            self.unfollow(followed.stream)
+        with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
+            await self._look_after_all([])
+
+    async def run(self) -> None:
+        """Follows and watches until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tail_for_ever(), name="shared log: tail")
+            tasks.create_task(self._attend_for_ever(), name="shared log: attend")
+
+    # --- what comes -------------------------------------------------------------------------------------------
+
+    async def _tail_for_ever(self) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            if not self._followed:
+                self._work.clear()
+                await self._work.wait()
+            begun = loop.time()
+            try:
+                await self._tail_once()
+            except (exceptions.RedisError, OSError, TimeoutError) as error:
+                self._troubles["tail"] = in_words(error)
+                self._blocking_id = None
+                await self._blocking.connection_pool.disconnect()
+                failures += 1
+                await asyncio.sleep(backoff_s(failures))
+                continue
+            self._troubles.pop("tail", None)
+            failures = 0
+            await asyncio.sleep(max(0.0, begun + self._tick_s - loop.time()))
+
+    async def _tail_once(self) -> None:
+        if self._blocking_id is None:
+            self._blocking_id = await self._blocking.client_id()
+        self._round += 1
+        after: dict[Any, Any] = {
+            key: b"%d-0" % followed.stream.log.last_seq for key, followed in self._followed.items()
+        }
+        try:
+            came: Any = await self._blocking.xread(after, count=_ENTRIES, block=round(BLOCK_S * 1000))
+        finally:
+            self._round += 1
+        for key, entries in came:
+            for _, fields in entries:
+                if (followed := self._followed.get(key)) is not None:
+                    self._deliver(followed.stream, fields)
+
+    def _deliver(self, stream: Follower, fields: dict[bytes, bytes]) -> None:
+        frames, before = fields[b"f"], int(fields[b"p"])
+        last_seq = last_seq_of(frames)
+        if last_seq <= stream.log.last_seq:
+            return
+        if before < stream.log.last_seq:
+            # Redis was emptied and given everything again, cut in other places.
+            line = b"\nid: %b.%d\n\n" % (stream.id.encode(), stream.log.last_seq)
+            frames = frames[frames.index(line) + len(line) :]
+        elif before > stream.log.last_seq:
+            _log.error("shared log has a hole", stream_id=stream.id[:8])
+            self._followed.pop(entries_key(stream.id).encode(), None)
+            stream.conclude(*stream.burial())
+            return
+        if is_end(frames):
+            self._followed.pop(entries_key(stream.id).encode(), None)
+            stream.conclude(frames, last_seq)
+        else:
+            stream.publish(frames, last_seq)
+
+    # --- leases -----------------------------------------------------------------------------------------------
+
+    async def _attend_for_ever(self) -> None:
+        failures = 0
+        due = 0.0
+        while True:
+            await asyncio.sleep(2 * self._tick_s if not failures else backoff_s(failures))
+            try:
+                if time.monotonic() >= due:
+                    due = time.monotonic() + self._lease_s / RENEWALS
+                    await self._look_after_all(list(self._followed.values()))
+                elif some := [each for each in self._followed.values() if self._has_news(each)]:
+                    await self._look_after_all(some)
+            except (exceptions.RedisError, OSError, TimeoutError) as error:
+                self._troubles["attend"] = in_words(error)
+                failures += 1
+            else:
+                self._troubles.pop("attend", None)
+                failures = 0
+
+    async def _look_after_all(self, some: list[_Followed]) -> None:
+        """Also where there are none: how long Redis has been there is to be known when the first comes."""
+        leaving, self._leaving = self._leaving, {}
+        some = some + list(leaving.values())
+        for at in range(0, max(1, len(some)), _BATCH):
+            await self._look_after(some[at : at + _BATCH])
+
+    def _has_news(self, followed: _Followed) -> bool:
+        return followed.stream.furthest - followed.told >= self._report_bytes
+
+    async def _look_after(self, some: list[_Followed], *, about_to_be_read: bool = False) -> None:
+        args: list[Any] = [self._instance, self._lease_ms]
+        positions = [each.stream.furthest for each in some]
+        for each, position in zip(some, positions, strict=True):
+            here = self._followed.get(each.entries.encode()) is each
+            args += (int(here and (about_to_be_read or each.stream.readers > 0)), position)
+        begun = time.monotonic()
+        if begun - self._attended > max(self._lease_s, _PROMPT_S):
+            self._steady_since = begun  # it was we who stood still
+        answered = False
+        try:
+            now_ms, *said = await self._attend(
+                keys=[key for each in some for key in (each.state, each.readers)], args=args
+            )
+            answered = True
+        finally:
+            self._attended = time.monotonic()
+            if not answered or self._attended - begun > _PROMPT_S:
+                self._steady_since = self._attended
+        # Where Redis was away, who generates had no chance to renew: they get the time of a lease for it.
+        trusted = self._attended - self._steady_since >= self._lease_s
+        for each, position, left_ms, last_seq, ended in zip(
+            some, positions, said[::3], said[1::3], said[2::3], strict=True
+        ):
+            each.told = position
+            if self._followed.get(each.entries.encode()) is not each:
+                continue  # it has ended, or nobody reads it any more
+            if left_ms is None:
+                self._miss(each)
+                continue
+            each.missing_since = None
+            if left_ms < 0 and not ended and trusted and last_seq == each.stream.log.last_seq:
+                frames, end_seq = each.stream.burial()
+                args = [last_seq, end_seq, frames, self._keep_ms, now_ms + round(_PROMPT_S * 1000)]
+                if await self._bury(keys=[each.state, each.entries], args=args):
+                    _log.warning("producer lost", stream_id=each.stream.id[:8])
+
+    def _miss(self, followed: _Followed) -> None:
+        """Redis does not know the stream: it was emptied. Who generates has the time of a lease to say it again."""
+        if followed.missing_since is None:
+            followed.missing_since = time.monotonic()
+        elif time.monotonic() - followed.missing_since >= self._lease_s:
+            self._followed.pop(followed.entries.encode(), None)
+            followed.stream.conclude(*followed.stream.burial())
+
+
+def is_end(frames: bytes) -> bool:
+    """Whether the last of these frames is `end`."""
+    return frames[:-2].rpartition(b"\n\n")[2].startswith(b"event: end\n")

@@ -1,0 +1,634 @@
+"""Several instances of aisse with one log, in this process, before real servers of both kinds.
+
+What happens when a process dies or stands still is tests/e2e/test_instances.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from conftest import Server, eventually, prompt, serving
+from rawclient import RawClient, parse
+from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, delta, head, message_start, raw_upstream
+from redis_server import Server as Redis
+from redis_server import binaries, redis_server, required
+
+from aisse.simulator import Script, Simulator
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+STATE = {"Accept": "application/json"}
+
+# Short, so that what waits for a lease is soon tested.
+LEASE_S = 1.0
+
+
+@pytest.fixture(params=list(binaries()))
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Redis]:
+    async with redis_server(required(request.param)) as server:
+        yield server
+
+
+@pytest.fixture
+async def redis() -> AsyncIterator[Redis]:
+    """Whichever there is, where the kind makes no difference."""
+    async with redis_server() as server:
+        yield server
+
+
+@dataclass
+class Fleet:
+    """Instances before one log, and a client."""
+
+    instances: list[Server]
+    client: aiohttp.ClientSession
+    simulator: Simulator
+
+    @property
+    def generations(self) -> int:
+        return sum(instance.registry.generations for instance in self.instances)
+
+    async def ask(self, instance: int, text: str, **headers: str) -> str:
+        """The path of a stream that runs there, without a reader."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()} | {"Prefer": "respond-async"}
+        async with self.client.post(self.instances[instance].chat, json=prompt(text), headers=named) as answer:
+            assert answer.status == 202, await answer.text()
+            path: str = answer.headers["Location"]
+            return path
+
+    async def read(self, instance: int, path: str, cursor: int | None = None) -> str:
+        """The body of a GET, to its end."""
+        async with self.get(instance, path, cursor) as answer:
+            assert answer.status == 200, await answer.text()
+            return await answer.text()
+
+    def get(self, instance: int, path: str, cursor: int | None = None) -> Any:
+        headers = {"Last-Event-ID": f"{path[-22:]}.{cursor}"} if cursor is not None else {}
+        return self.client.get(self.instances[instance].url + path, headers=headers)
+
+    async def state(self, instance: int, path: str) -> dict[str, Any]:
+        async with self.client.get(self.instances[instance].url + path, headers=STATE) as answer:
+            assert answer.status == 200
+            said: dict[str, Any] = await answer.json()
+            return said
+
+    async def health(self, instance: int) -> dict[str, Any]:
+        async with self.client.get(self.instances[instance].url + "/health") as answer:
+            said: dict[str, Any] = await answer.json()
+            return said
+
+    def seq(self, instance: int, path: str) -> int:
+        """The last event that this instance has of a stream."""
+        stream = self.instances[instance].registry.get(path[-22:]) or self.followed(instance).get(path[-22:])
+        return stream.log.last_seq if stream is not None else 0
+
+    def followed(self, instance: int) -> dict[str, Any]:
+        shared = self.instances[instance].registry._shared
+        assert shared is not None
+        return dict(shared._followed)
+
+
+@contextlib.asynccontextmanager
+async def fleet(
+    url: str, *, count: int = 2, upstream: str | None = None, pace: float = 0, **settings: Any
+) -> AsyncIterator[Fleet]:
+    simulator = Simulator(Script(pace=pace))
+    await simulator.start()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(simulator.close)
+        options: dict[str, Any] = {"log": url, "lease_s": LEASE_S} | settings
+        instances = [
+            await stack.enter_async_context(serving(upstream or simulator.url, **options)) for _ in range(count)
+        ]
+        client = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        yield Fleet(instances, client, simulator)
+
+
+async def shared_by(f: Fleet, instance: int) -> None:
+    """Returns once Redis has everything of that instance."""
+    shared = f.instances[instance].registry._shared
+    assert shared is not None
+    await eventually(lambda: shared.behind == 0)
+
+
+def reason(text: str) -> str:
+    written = parse(text.encode())
+    assert [frame.event for frame in written.frames].count("end") == 1
+    assert written.frames[-1].event == "end"
+    said: str = json.loads(written.frames[-1].data)["reason"]
+    return said
+
+
+def numbers(text: str) -> list[int]:
+    return [frame.seq for frame in parse(text.encode()).frames]
+
+
+# --- reading elsewhere --------------------------------------------------------------------------------------------
+
+
+async def test_reader_elsewhere_gets_the_answer_to_the_byte(engine: Redis) -> None:
+    """By TCP and by the socket: the one that generates, one that follows from the beginning, one that comes late."""
+    async with fleet(engine.url) as f, fleet(engine.unix_url, count=1) as other:
+        path = await f.ask(0, "[[tokens=60 pace=60]]")
+        here = asyncio.create_task(f.read(0, path))
+        there = asyncio.create_task(f.read(1, path))
+        await eventually(lambda: f.seq(1, path) > 20)
+        late = await other.read(0, path)
+        assert await here == await there == late
+        assert reason(late) == "complete"
+        assert numbers(late) == list(range(1, len(numbers(late)) + 1))
+        assert await f.read(1, path) == late  # again, from what it kept
+        assert f.generations == 1
+
+
+async def test_reader_goes_on_elsewhere_after_whatever_it_has(redis: Redis) -> None:
+    async with fleet(redis.url, count=3) as f:
+        path = await f.ask(0, "[[tokens=100 pace=100]]")
+        whole = asyncio.create_task(f.read(0, path))
+        random_ = random.Random(1)
+        got: list[int] = []
+        instance = 1
+        while True:
+            instance = 3 - instance
+            async with f.get(instance, path, len(got)) as answer:
+                if answer.status == 204:
+                    break
+                text = ""
+                size = random_.randrange(1, 3000)
+                async for data in answer.content.iter_any():
+                    text += data.decode()
+                    if len(text) > size:
+                        break
+            frames = text[: text.rfind("\n\n") + 2]
+            got += numbers(frames) if "\nevent:" in frames else []
+        assert got == numbers(await whole)
+
+
+async def test_state_elsewhere_is_that_of_the_producer(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=20 pace=0]]", Aisse_On_Leave="60")
+        await f.read(0, path)
+        await shared_by(f, 0)
+        here, there = await f.state(0, path), await f.state(1, path)
+        assert (there["status"], there["reason"]) == ("ended", "complete")
+        # Of the time of the end each has its own clock's word.
+        assert here | {"ended": 0} == there | {"ended": 0}
+        running = await f.ask(0, "[[tokens=1000 pace=50]]")
+        await eventually(lambda: f.seq(0, running) > 5)
+        said = await f.state(1, running)
+        assert (said["status"], said["reason"], said["ended"]) == ("streaming", None, None)
+        assert said["usage"]["input_tokens"] == (await f.state(0, running))["usage"]["input_tokens"] > 0
+
+
+async def test_end_is_answered_204_elsewhere_and_what_never_was_404(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=3]]")
+        last = numbers(await f.read(0, path))[-1]
+        await shared_by(f, 0)
+        async with f.get(1, path, last) as answer:
+            assert answer.status == 204
+        for path in ("/api/chat/" + "A" * 22, "/api/chat/short", "/api/chat/" + "A" * 21 + "%0a"):
+            async with f.get(1, path) as answer:
+                assert answer.status == 404
+            async with f.client.delete(f.instances[1].url + path) as answer:
+                assert answer.status == 404
+
+
+async def test_post_with_a_cursor_joins_elsewhere(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=30 pace=60]]")
+        await eventually(lambda: f.seq(0, path) > 5)
+        headers = {"Last-Event-ID": f"{path[-22:]}.4"}
+        async with f.client.post(f.instances[1].chat, json=prompt("other"), headers=headers) as answer:
+            text = await answer.text()
+        assert numbers(text)[0] == 5
+        assert reason(text) == "complete"
+        assert f.generations == 1
+
+
+async def test_stream_that_was_just_told_of_is_found_elsewhere(redis: Redis) -> None:
+    """However slowly its log is shared."""
+    async with fleet(redis.url, log_tick_s=0.1) as f:
+        for _ in range(5):
+            path = await f.ask(0, "[[tokens=1]]")
+            assert reason(await f.read(1, path)) == "complete"
+            async with f.client.post(f.instances[0].chat, json=prompt("[[tokens=1]]")) as answer:
+                assert reason(await f.read(1, answer.headers["Content-Location"])) == "complete"
+
+
+async def test_kept_streams_go_when_their_time_is_over(redis: Redis) -> None:
+    async with fleet(redis.url, retention_s=0.5) as f:
+        path = await f.ask(0, "[[tokens=3]]", Idempotency_Key="k")
+        await f.read(1, path)
+        client = redis.client()
+        # The claim is small, and goes by itself a little later: it holds no longer than its stream does.
+        async with asyncio.timeout(9):
+            while [key for key in await client.keys() if b":key:" not in key]:
+                await asyncio.sleep(0.05)
+        await eventually(lambda: not f.followed(1) and f.instances[1].registry.replay_bytes == 0)
+        async with f.get(1, path) as answer:
+            assert answer.status == 404
+        assert await f.ask(1, "[[tokens=3]]", Idempotency_Key="k") != path
+        for key in await client.keys():
+            assert await client.pttl(key) > 0
+
+
+async def test_many_streams_are_followed_by_few_connections(redis: Redis) -> None:
+    async with fleet(redis.url) as f, contextlib.AsyncExitStack() as stack:
+        paths = [await f.ask(0, "[[tokens=40 pace=20]]") for _ in range(100)]
+        clients = [await stack.enter_async_context(await RawClient.connect(f.instances[1].address)) for _ in paths]
+        for client, path in zip(clients, paths, strict=True):
+            await client.get(path)
+        for client in clients:
+            await client.answered()
+        await asyncio.gather(*(client.read_to_end(timeout_s=60) for client in clients))
+        assert all(numbers_of(client) for client in clients)
+        info = await redis.client().client_list()
+        assert len(info) <= 2 * 5 + 1  # and the one that asks
+
+
+def numbers_of(client: RawClient) -> bool:
+    frames = client.written.frames
+    return [frame.seq for frame in frames] == list(range(1, len(frames) + 1)) and frames[-1].event == "end"
+
+
+# --- stop, leave and slow readers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["tokens=5000 pace=50", "tokens=5 thinking_s=60"], ids=["speaking", "silent"])
+async def test_delete_elsewhere_stops_the_generation_within_a_second(redis: Redis, script: str) -> None:
+    async with fleet(redis.url, lease_s=6) as f:
+        path = await f.ask(0, f"[[{script}]]")
+        reader = asyncio.create_task(f.read(0, path))
+        await eventually(lambda: f.instances[0].registry.readers == 1)
+        begun = time.monotonic()
+        async with f.client.delete(f.instances[1].url + path) as answer:
+            assert answer.status == 204
+        assert reason(await reader) == "stopped"
+        assert time.monotonic() - begun < 1.0
+        await eventually(lambda: f.simulator.stats.active == 0)
+        async with f.client.delete(f.instances[1].url + path) as answer:
+            assert answer.status == 204
+
+
+async def test_stream_is_abandoned_when_nobody_reads_it_anywhere(redis: Redis) -> None:
+    async with fleet(redis.url, leave_s=0.5) as f:
+        path = await f.ask(0, "[[tokens=5000 pace=50]]")
+        async with f.get(0, path):
+            pass
+        async with f.get(1, path) as answer:
+            await answer.content.readany()
+            # Longer than leave time and lease: the reader elsewhere alone holds it.
+            before = f.seq(0, path)
+            await eventually(lambda: f.seq(0, path) > before + 150)
+            assert (await f.state(0, path))["status"] == "streaming"
+        begun = time.monotonic()
+        await eventually(lambda: f.instances[0].registry.active_streams == 0)
+        assert time.monotonic() - begun < 0.5 + 6 + 2  # kept for who comes back, then its leave time
+        assert (await f.state(0, path))["reason"] == "abandoned"
+
+
+async def test_slow_reader_elsewhere_holds_the_upstream_back(redis: Redis) -> None:
+    written = 0
+    read = asyncio.Event()
+
+    async def flood(request: Request, connection: Connection) -> None:
+        nonlocal written
+        # A small one, so that what is not read is soon felt.
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
+        connection.send(head(), chunk(message_start()))
+        await read.wait()
+        event = chunk(delta("x" * 900))
+        while written < 4_000_000 and not connection.lost.is_set():
+            connection.send(event)
+            await connection.drain()
+            written += len(event)
+        connection.send(chunk(MESSAGE_STOP), LAST_CHUNK)
+
+    async with raw_upstream(flood) as llm, fleet(redis.url, upstream=llm.url, stall_s=60) as f:
+        path = await f.ask(0, "hello")
+        async with await RawClient.connect(f.instances[1].address, receive_buffer_bytes=4096) as slow:
+            await slow.get(path)
+            await slow.answered()
+            await eventually(lambda: f.instances[0].registry._running[path[-22:]].readers == 1)
+            read.set()
+            stood = 0.0
+            while stood < 0.5:  # until it has not moved for so long
+                before = written
+                await asyncio.sleep(0.1)
+                stood = stood + 0.1 if written == before else 0.0
+            assert 0 < written < 1_000_000
+            await slow.read_to_end(timeout_s=60)
+            assert written >= 4_000_000
+            assert numbers_of(slow)
+
+
+# --- Idempotency-Key ----------------------------------------------------------------------------------------------
+
+
+async def test_key_starts_one_generation_on_all_instances(engine: Redis) -> None:
+    async with fleet(engine.url, count=3) as f:
+        headers = {"Idempotency-Key": "the-same", "Prefer": "respond-async"}
+
+        async def ask(number: int, text: str = "[[tokens=20]]") -> tuple[int, str]:
+            async with f.client.post(f.instances[number % 3].chat, json=prompt(text), headers=headers) as answer:
+                return answer.status, answer.headers.get("Location", "")
+
+        answers = set(await asyncio.gather(*(ask(number) for number in range(30))))
+        assert len(answers) == 1
+        ((status, path),) = answers
+        assert status == 202
+        assert f.generations == 1
+        assert reason(await f.read(2, path)) == "complete"
+        assert {(await ask(number, "other"))[0] for number in range(3)} == {422}
+        assert f.generations == 1
+
+
+async def test_key_of_a_refused_request_is_free_on_all_instances(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        for instance in (0, 1, 0):
+            headers = {"Idempotency-Key": "refused"}
+            chat = f.instances[instance].chat
+            async with f.client.post(chat, json=prompt("[[status=400]]"), headers=headers) as answer:
+                assert answer.status == 400
+            client = redis.client()
+            async with asyncio.timeout(9):
+                while await client.keys():
+                    await asyncio.sleep(0.01)
+        assert f.generations == 3
+
+
+async def test_key_whose_client_left_before_its_answer_is_free(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        redis.pause()
+        async with await RawClient.connect(f.instances[0].address) as client:
+            body = json.dumps(prompt("hello")).encode()
+            await client.send(
+                b"POST /api/chat HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nIdempotency-Key: k\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            await eventually(f.instances[0].registry._claiming.locked)
+        await eventually(lambda: not f.instances[0].registry._claiming.locked())
+        redis.resume()
+        client_ = redis.client()
+        async with asyncio.timeout(9):
+            while [key for key in await client_.keys() if b":key:" in key]:
+                await asyncio.sleep(0.01)
+        assert f.generations == 0
+
+
+# --- deploys ------------------------------------------------------------------------------------------------------
+
+
+async def test_drain_moves_readers_and_goes_on_generating_for_them(redis: Redis) -> None:
+    async with fleet(redis.url, drain_s=20, reconnect_spread_s=1) as f:
+        path = await f.ask(0, "[[tokens=150 pace=50]]", Aisse_On_Leave="cancel")
+        async with await RawClient.connect(f.instances[0].address) as moved:
+            await moved.get(path)
+            await moved.answered()
+            await eventually(lambda: f.seq(0, path) > 10)
+            begun = time.monotonic()
+            drain = asyncio.create_task(f.instances[0].drain.run())
+            await moved.read_to_end()
+            assert time.monotonic() - begun >= 1.0
+            assert moved.broken
+            assert not moved.body.ended
+            (told,) = moved.written.controls
+            assert told.data["resume"] is True
+            frames = moved.written.frames
+        rest = await f.read(1, path, frames[-1].seq)
+        assert reason(rest) == "complete"
+        assert [frame.seq for frame in frames] + numbers(rest) == list(range(1, numbers(rest)[-1] + 1))
+        await drain
+        assert f.generations == 1
+        assert time.monotonic() - begun < 15  # with its last stream, and not with its deadline
+
+
+async def test_stream_that_outlasts_the_drain_ends_as_shutdown_elsewhere(redis: Redis) -> None:
+    async with fleet(redis.url, drain_s=1.5) as f:
+        path = await f.ask(0, "[[tokens=5000 pace=50]]")
+        reader = asyncio.create_task(f.read(1, path))
+        await eventually(lambda: f.seq(1, path) > 5)
+        await f.instances[0].drain.run()
+        assert reason(await reader) == "shutdown"
+
+
+async def test_reader_that_comes_while_draining_is_sent_elsewhere(redis: Redis) -> None:
+    async with fleet(redis.url, drain_s=5) as f:
+        path = await f.ask(0, "[[tokens=100 pace=50]]")
+        drain = asyncio.create_task(f.instances[0].drain.run())
+        await eventually(lambda: f.instances[0].registry.draining)
+        async with await RawClient.connect(f.instances[0].address) as client:
+            await client.get(path)
+            await client.answered()
+            await client.read_to_end()
+            assert client.broken
+            (told,) = client.written.controls
+            assert told.data["resume"] is True
+        assert reason(await f.read(1, path)) == "complete"
+        await drain
+
+
+# --- trouble ------------------------------------------------------------------------------------------------------
+
+
+async def degraded(f: Fleet, instance: int, why: str) -> None:
+    async with asyncio.timeout(9):
+        while not any(why in reason for reason in (await f.health(instance)).get("reasons", [])):
+            await asyncio.sleep(0.02)
+
+
+async def healthy(f: Fleet, instance: int) -> None:
+    async with asyncio.timeout(9):
+        while (await f.health(instance))["status"] != "healthy":
+            await asyncio.sleep(0.02)
+
+
+async def both_whole(f: Fleet, path: str, *readers: asyncio.Task[str]) -> None:
+    """Each got each event once, and they got the same."""
+    texts = [await reader for reader in readers]
+    for text in texts:
+        assert reason(text) == "complete"
+        assert numbers(text) == list(range(1, len(numbers(text)) + 1))
+    late = await f.read(1, path)
+    assert {frames(text) for text in texts} == {frames(late)}
+
+
+def frames(text: str) -> str:
+    """Without heartbeats and opening."""
+    return "".join(f"{frame}\n" for frame in parse(text.encode()).frames)
+
+
+async def test_redis_that_is_emptied_gets_everything_again(engine: Redis) -> None:
+    async with fleet(engine.url) as f:
+        path = await f.ask(0, "[[tokens=100 pace=40]]")
+        here, there = (asyncio.create_task(f.read(instance, path)) for instance in (0, 1))
+        client = engine.client()
+        for _ in range(3):
+            seen = f.seq(1, path)
+            await eventually(lambda seen=seen: f.seq(1, path) > seen + 10)  # type: ignore[misc]
+            await client.flushall()
+        await both_whole(f, path, here, there)
+
+
+async def test_redis_that_is_restarted_empty_gets_everything_again(engine: Redis) -> None:
+    async with fleet(engine.url) as f:
+        path = await f.ask(0, "[[tokens=150 pace=40]]")
+        here, there = (asyncio.create_task(f.read(instance, path)) for instance in (0, 1))
+        await eventually(lambda: f.seq(1, path) > 10)
+        await engine.stop()
+        for instance in (0, 1):
+            await degraded(f, instance, "does not answer")
+        # Here it goes on; nobody else can tell, and is not told that there is nothing.
+        before = f.seq(0, path)
+        await eventually(lambda: f.seq(0, path) > before + 10)
+        async with f.client.get(f.instances[1].url + "/api/chat/" + "A" * 22, headers=STATE) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+        async with f.get(1, "/api/chat/" + "A" * 22) as answer:
+            assert answer.status == 200
+            assert b"event: reconnect" in await answer.content.readuntil(b"\n\n")
+        headers = {"Idempotency-Key": "k"}
+        async with f.client.post(f.instances[1].chat, json=prompt("x"), headers=headers) as answer:
+            assert answer.status == 503
+        async with f.client.post(f.instances[1].chat, json=prompt("[[tokens=3]]")) as answer:
+            assert reason(await answer.text()) == "complete"
+        await engine.start()
+        for instance in (0, 1):
+            await healthy(f, instance)
+        await both_whole(f, path, here, there)
+
+
+async def test_redis_that_stands_still_past_the_lease_loses_no_stream(engine: Redis) -> None:
+    """Nobody takes for dead who could not say that it is alive."""
+    async with fleet(engine.url) as f:
+        path = await f.ask(0, "[[tokens=250 pace=40]]")
+        here, there = (asyncio.create_task(f.read(instance, path)) for instance in (0, 1))
+        await eventually(lambda: f.seq(1, path) > 10)
+        engine.pause()
+        await degraded(f, 0, "does not answer")
+        await degraded(f, 1, "does not answer")
+        assert (await f.health(0))["status"] == "degraded"
+        engine.resume()
+        await healthy(f, 0)
+        await both_whole(f, path, here, there)
+
+
+async def test_redis_that_is_full_costs_readers_here_nothing_and_gets_the_rest_later(engine: Redis) -> None:
+    async with fleet(engine.url) as f:
+        path = await f.ask(0, "[[tokens=150 pace=40]]")
+        here, there = (asyncio.create_task(f.read(instance, path)) for instance in (0, 1))
+        await eventually(lambda: f.seq(1, path) > 10)
+        client = engine.client()
+        await client.config_set("maxmemory", 1)
+        await degraded(f, 0, "full (maxmemory)")
+        before = f.seq(0, path)
+        # Longer than a lease lasts, which goes on being kept.
+        await eventually(lambda: f.seq(0, path) > before + 40 * LEASE_S * 1.5)
+        assert f.seq(1, path) < before + 20
+        await client.config_set("maxmemory", 0)
+        await healthy(f, 0)
+        await both_whole(f, path, here, there)
+
+
+async def test_failover_to_a_replica_loses_nothing(redis: Redis) -> None:
+    """The one address leads to another server, which lacks the last appends."""
+    async with redis_server(redis.binary) as replica:
+        await replica.client().replicaof("127.0.0.1", str(redis.port))
+        switch = await Switch.open(redis.address)
+        async with fleet(f"redis://127.0.0.1:{switch.port}") as f:
+            path = await f.ask(0, "[[tokens=200 pace=40]]")
+            here, there = (asyncio.create_task(f.read(instance, path)) for instance in (0, 1))
+            await eventually(lambda: f.seq(1, path) > 10)
+            replica.pause()  # it falls behind
+            before = f.seq(1, path)
+            await eventually(lambda: f.seq(1, path) > before + 10)
+            await redis.stop()
+            replica.resume()
+            await replica.client().replicaof("NO", "ONE")
+            switch.to = replica.address
+            await both_whole(f, path, here, there)
+        await switch.close()
+
+
+async def test_redis_that_only_reads_is_named_and_left_for_what_takes_its_address(redis: Redis) -> None:
+    async with redis_server(redis.binary) as other:
+        switch = await Switch.open(redis.address)
+        async with fleet(f"redis://127.0.0.1:{switch.port}") as f:
+            path = await f.ask(0, "[[tokens=200 pace=40]]")
+            here, there = (asyncio.create_task(f.read(instance, path)) for instance in (0, 1))
+            await eventually(lambda: f.seq(1, path) > 10)
+            await redis.client().replicaof("127.0.0.1", str(other.port))
+            await degraded(f, 0, "read-only")
+            switch.to = other.address
+            await both_whole(f, path, here, there)
+        await switch.close()
+
+
+class Switch:
+    """An address that leads to a server, and later to another. Connections stay where they are."""
+
+    def __init__(self, to: tuple[str, int]) -> None:
+        self.to = to
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server
+
+    @classmethod
+    async def open(cls, to: tuple[str, int]) -> Switch:
+        switch = cls(to)
+        switch._server = await asyncio.start_server(switch._serve, "127.0.0.1", 0)
+        return switch
+
+    @property
+    def port(self) -> int:
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            other_reader, other_writer = await asyncio.open_connection(*self.to)
+        except OSError:
+            writer.transport.abort()
+            return
+        both = [asyncio.create_task(pump(reader, other_writer)), asyncio.create_task(pump(other_reader, writer))]
+        self._tasks.update(both)
+        await asyncio.gather(*both, return_exceptions=True)
+
+    async def close(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    finally:
+        writer.transport.abort()
+
+
+async def test_start_without_redis_is_said_and_made_up_for(redis: Redis, capsys: pytest.CaptureFixture[str]) -> None:
+    await redis.stop()
+    async with fleet(redis.url) as f:
+        assert "shared log is not there yet" in capsys.readouterr().out
+        await degraded(f, 0, "does not answer")
+        path = await f.ask(0, "[[tokens=100 pace=40]]")
+        here = asyncio.create_task(f.read(0, path))
+        await redis.start()
+        await healthy(f, 0)
+        await healthy(f, 1)
+        await both_whole(f, path, here, asyncio.create_task(f.read(1, path)))
