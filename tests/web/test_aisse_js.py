@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "e2e"))
 
 from cutting_proxy import CuttingProxy, Line, Place
 from driver import CLIENT, HERE, Driver, Run
+from node import NodeMissingError, node_with
 from scripted import (
     Scene,
     end,
@@ -59,7 +60,6 @@ pytestmark = pytest.mark.timeout(300)
 
 SAMPLES = sorted((HERE.parent / "samples").glob("*.sse"))
 REQUIRED = os.environ.get("TESTS_REQUIRE", "").split(",")
-INSTALL_S = 150
 WEB = CLIENT.parent
 GZIPPED_BYTES = 6_000
 
@@ -1410,21 +1410,13 @@ def npm(node: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiler(npm: str) -> Path:
+def compiler() -> Path:
     """tsc, installed where it is not."""
     folder = HERE / "node"
-    manifest = folder / "node_modules" / "typescript" / "package.json"
-    wanted = json.loads((folder / "package.json").read_text())["dependencies"]["typescript"]
-    if not manifest.exists() or json.loads(manifest.read_text())["version"] != wanted:
-        options = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline"]
-        try:
-            done = subprocess.run(
-                [npm, "install", *options], cwd=folder, capture_output=True, text=True, check=False, timeout=INSTALL_S
-            )
-        except subprocess.TimeoutExpired:
-            missing(f"npm install takes longer than {INSTALL_S} seconds; is the registry reachable?")
-        if done.returncode:
-            missing("npm install failed: " + done.stderr.strip()[-300:])
+    try:
+        node_with(folder)
+    except NodeMissingError as error:
+        missing(str(error))
     return folder / "node_modules" / ".bin" / "tsc"
 
 
