@@ -395,10 +395,10 @@ def _wrong(error: BaseException) -> str | None:
             return "what listens there is no Redis"
         case exceptions.BusyLoadingError():
             return None
-        case exceptions.ConnectionError() if "Database" in str(error):
-            return "Redis has no database of that number"
         case exceptions.ResponseError():
             word = str(error).partition(" ")[0]
+            if "DB index" in str(error):
+                return "Redis has no database of that number"
             if word == "NOAUTH":
                 return "Redis wants a password; put it into the URL, and that into AISSE_LOG"
             return f"Redis refuses us ({re.sub(r'[^A-Z]', '', word) or 'ERR'})"

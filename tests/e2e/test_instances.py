@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from redis_server import Server
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
-KILLS = 50 if SOAK else 3
+KILLS = 50 if SOAK else 2
 STREAMS = 60 if SOAK else 20
 LOST_S = 10.0
 
-pytestmark = pytest.mark.timeout(3600 if SOAK else 120)
+pytestmark = pytest.mark.timeout(3600 if SOAK else 240)
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ async def test_redis_that_is_away_costs_no_reader_an_event(
     """Ended, and started again empty; then stopped by a signal, and continued."""
     async with instance(upstream, redis, "--lease-s", "2") as one, instance(upstream, redis, "--lease-s", "2") as other:
         for stand_still in (False, True):
-            tokens = round((2 * away_s + 12) * 20)
+            tokens = round((away_s + 6) * 20)  # it ends after that is over, and everybody has heard of it
             paths = [await ask(client, one.url, f"[[tokens={tokens} pace=20]]") for _ in range(10)]
             readers = [Reader(path, [url]) for path in paths for url in (one.url, other.url)]
             async with asyncio.TaskGroup() as tasks:
@@ -300,7 +300,7 @@ async def test_redis_that_is_away_costs_no_reader_an_event(
         ("redis://127.0.0.1:{http}/0", "is no Redis"),
         ("http://127.0.0.1:1", "must be `memory`, redis://"),
         ("redis://", "must be `memory`, redis://"),
-        ("redis://127.0.0.1:port/0", "log"),
+        ("redis://127.0.0.1:port/0", "is no URL"),
     ],
 )
 async def test_wrong_url_is_refused_by_one_line_that_names_it(
@@ -310,7 +310,7 @@ async def test_wrong_url_is_refused_by_one_line_that_names_it(
     said = await refused("serve", "--port", "0", "--upstream", "simulator", environ={"AISSE_LOG": text})
     assert "log" in said.lower()
     assert why in said
-    assert "wrong" not in said.replace("wrong", "", 0) or ":wrong@" not in said
+    assert ":wrong@" not in said
 
 
 async def test_password_in_a_flag_is_refused() -> None:
