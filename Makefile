@@ -39,7 +39,7 @@ $(VENV)/.local: $(VENV)/.done
 bench: setup ## measure aisse beside the naive relay and its twin in Node; about ten minutes (ARGS="--only idle")
 	$(BIN)/python tests/bench/run.py $(ARGS)
 
-rolling: setup ## restart three instances behind nginx under load, and print what clients saw (ARGS="--rounds 5")
+rolling: setup ## restart three instances with one log behind nginx under load; prints what clients saw (ARGS="--restarts 5")
 	$(BIN)/python tests/e2e/rolling.py $(ARGS)
 
 screenshots: setup ## take pictures of the page in Chromium, into screenshots/

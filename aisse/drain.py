@@ -87,7 +87,7 @@ class Drain:
         self._telling = True
         self._moving = registry.hands_over
         for count, reader in enumerate(registry.attached(), 1):
-            reader.tell(self.reconnect(resume=self._moving))
+            self._tell(reader)
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
         mover = asyncio.create_task(self._move()) if self._moving else None
@@ -118,15 +118,10 @@ class Drain:
                 continue  # here alone can they go on meanwhile
             now = asyncio.get_running_loop().time()
             for count, reader in enumerate(self._registry.attached(), 1):
-                if reader.told_for(now) >= BREAK_OFF_S:
-                    reader.stream.expect_reader(now + self._settings.reconnect_spread_s + _COME_BACK_S)
-                    if reader.stalled_for(now) >= _STALLED_S:
-                        reader.evict()
-                    else:
-                        reader.part()
-                elif reader.stalled_for(now) >= _STALLED_S:
-                    reader.stream.expect_reader(now + self._settings.reconnect_spread_s + _COME_BACK_S)
-                    reader.evict()  # what it was to be told waits behind what it does not take
+                if reader.stalled_for(now) >= _STALLED_S:
+                    reader.evict()  # what it was to be told may wait behind what it does not take
+                elif reader.told_for(now) >= BREAK_OFF_S:
+                    reader.part()
                 if count % _BATCH == 0:
                     await asyncio.sleep(0)
 
@@ -150,7 +145,14 @@ class Drain:
     def greet(self, reader: Reader) -> None:
         """Tells a reader that came after all others were told."""
         if self._telling:
-            reader.tell(self.reconnect(resume=self._moving))
+            self._tell(reader)
+
+    def _tell(self, reader: Reader) -> None:
+        reader.tell(self.reconnect(resume=self._moving))
+        if self._moving:
+            # Now, and not when it is closed: clients that know the event leave by themselves.
+            now = asyncio.get_running_loop().time()
+            reader.stream.expect_reader(now + self._settings.reconnect_spread_s + _COME_BACK_S)
 
     def reconnect(self, *, resume: bool) -> bytes:
         """The event that tells one reader when to come back if its connection ends.

@@ -147,7 +147,7 @@ def relay_kinds(names: Sequence[str]) -> list[Kind]:
     return [_kind(name) for name in names]
 
 
-def start_relay(kind: Kind, upstream_port: int, cpus: frozenset[int], folder: Path, **settings: float) -> Child:
+def start_relay(kind: Kind, upstream_port: int, cpus: frozenset[int], folder: Path, **settings: float | str) -> Child:
     """Starts a relay before the upstream; `settings` are aisse's, other relays have none."""
     address = f"http://127.0.0.1:{upstream_port}"
     if not kind.settings:

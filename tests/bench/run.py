@@ -20,11 +20,12 @@ from pathlib import Path
 
 import resume
 import sections
+import shared
 from measure import machine
 from processes import FOLDER, BenchError, Child, Kind, LoadDriver, placement, relay_kinds
 from table import NODE, Report, text
 
-_PARTS = ("throughput", "idle", "stalled", "resume")
+_PARTS = ("throughput", "idle", "stalled", "resume", "shared")
 _RELAYS = ("aisse", "naive", "node")
 
 
@@ -86,6 +87,8 @@ def measure(asked: argparse.Namespace, kinds: Sequence[Kind]) -> Report:
         if "resume" in asked.only:
             # Who has no settings has no replay.
             report.resume = {kind.name: resume.resume(ready, kind) for kind in kinds if kind.settings}
+        if "shared" in asked.only:
+            report.shared = {kind.name: shared.shared(ready, kind) for kind in kinds if kind.settings}
     return report
 
 

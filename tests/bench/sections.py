@@ -30,6 +30,8 @@ class Scale:
     """How much of everything; times in seconds, `pace` in connections a second, `rate` in tokens a second."""
 
     runs: int = 5
+    followed: int = 2000
+    elsewhere: int = 100
     seconds: float = 6.0
     skip: float = 1.0
     warm_up: float = 10.0
@@ -62,6 +64,8 @@ class Scale:
 
 
 QUICK = Scale(
+    followed=40,
+    elsewhere=10,
     runs=1,
     seconds=0.8,
     skip=0.2,
@@ -188,7 +192,7 @@ class Bench:
     say: Callable[[str], None]
 
     @contextlib.contextmanager
-    def relay(self, kind: Kind, **settings: float) -> Iterator[tuple[Target, Child]]:
+    def relay(self, kind: Kind, **settings: float | str) -> Iterator[tuple[Target, Child]]:
         """A fresh relay process, and it as a target."""
         with start_relay(kind, self.upstream_port, self.cpus.relay, self.folder, **settings) as child:
             yield Target(kind.name, child.port(), child), child
@@ -203,14 +207,14 @@ def throughput(bench: Bench, kinds: Sequence[Kind]) -> dict[str, list[Paced]]:
             target, _ = stack.enter_context(bench.relay(kind, heartbeat_s=scale.heartbeat))
             targets.append(target)
             bench.say(f"throughput: warming up {kind.name}")
-            warm = _paced(bench, target, scale.streams, scale.warm_up)
-            bench.say(f"throughput: {kind.name} while cold: {_words(warm)}")
+            warm = paced(bench, target, scale.streams, scale.warm_up)
+            bench.say(f"throughput: {kind.name} while cold: {words(warm)}")
         results: dict[str, list[Paced]] = {target.name: [] for target in targets}
         for run in range(scale.runs):
             for target in targets:
-                paced = _paced(bench, target, scale.streams, scale.seconds)
-                results[target.name].append(paced)
-                bench.say(f"throughput {run + 1}/{scale.runs}, {target.name}: {_words(paced)}")
+                one = paced(bench, target, scale.streams, scale.seconds)
+                results[target.name].append(one)
+                bench.say(f"throughput {run + 1}/{scale.runs}, {target.name}: {words(one)}")
     return results
 
 
@@ -218,11 +222,11 @@ def idle(bench: Bench, kind: Kind) -> Idle:
     """One fresh process with thousands of streams on which nothing happens."""
     scale = bench.scale
     with bench.relay(kind, heartbeat_s=scale.heartbeat) as (target, child):
-        _paced(bench, target, _WARM_UP_STREAMS, scale.warm_up / 5)
+        paced(bench, target, _WARM_UP_STREAMS, scale.warm_up / 5)
         time.sleep(scale.settle / 5)
         before = rss_kib(child.pid)
         bench.say(f"idle, {kind.name}: opening {scale.idle} streams at {scale.idle_pace:g} a second")
-        _open(bench, target, scale.idle, scale.idle_pace, {"think": True})
+        open_streams(bench, target, scale.idle, scale.idle_pace, {"think": True})
         time.sleep(scale.settle)
         after = rss_kib(child.pid)
         if kind.settings:
@@ -243,7 +247,7 @@ def stalled(bench: Bench, kind: Kind) -> Stalled:
     """Healthy readers alone, then beside readers that stop reading, until those are evicted and beyond."""
     scale = bench.scale
     with bench.relay(kind, stall_s=scale.stall, leave_s=scale.leave, heartbeat_s=scale.heartbeat) as (target, child):
-        _open(bench, target, scale.healthy, scale.healthy * 4, {"rate": scale.healthy_rate})
+        open_streams(bench, target, scale.healthy, scale.healthy * 4, {"rate": scale.healthy_rate})
         time.sleep(scale.baseline / 2)
         p99 = {"without": _window(bench, lambda: time.sleep(scale.baseline))}
         watch = _Watch(child, target.port, bench.upstream_port, has_health=kind.settings)
@@ -267,12 +271,22 @@ def stalled(bench: Bench, kind: Kind) -> Stalled:
     return result
 
 
-def _paced(bench: Bench, target: Target, streams: int, seconds: float) -> Paced:
+def paced(
+    bench: Bench,
+    target: Target,
+    streams: int,
+    seconds: float,
+    *,
+    elsewhere: int | None = None,
+    engine: int | None = None,
+) -> Paced:
+    """One window of paced streams; read from an instance on the port `elsewhere`, with the CPU time of an engine."""
     scale = bench.scale
-    _open(bench, target, streams, 200, {"rate": scale.rate})
+    open_streams(bench, target, streams, 200, {"rate": scale.rate}, elsewhere=elsewhere)
     time.sleep(scale.skip)
     http_json(bench.upstream_port, "GET", "/stats?reset=1")
     pids = {"upstream": bench.upstream.pid} | ({"relay": target.relay.pid} if target.relay else {})
+    pids |= {"engine": engine} if engine is not None else {}
     bench.load.do("start", pids=pids)
     time.sleep(seconds)
     got = bench.load.do("stop")
@@ -281,7 +295,7 @@ def _paced(bench: Bench, target: Target, streams: int, seconds: float) -> Paced:
     busy = {name: cpu / got["seconds"] for name, cpu in got["cpu_s"].items()}
     offered, tokens = streams * scale.rate, got["tokens"] / got["seconds"]
     merged = got["tokens"] / max(got["reads"], 1)
-    shared = busy["upstream"] + busy["load"]
+    shared = busy["upstream"] + busy["load"] + busy.get("engine", 0.0)
     marks = {
         f"delivered {tokens / offered:.1%} of the tokens": tokens < _DELIVERED * offered,
         f"p99 lateness {got['p99_ms']:.0f} ms": got["p99_ms"] > _P99_MS,
@@ -306,8 +320,11 @@ def _paced(bench: Bench, target: Target, streams: int, seconds: float) -> Paced:
     )
 
 
-def _open(bench: Bench, target: Target, count: int, pace: float, script: dict[str, Any]) -> None:
-    where = {"port": target.port, "path": target.path}
+def open_streams(
+    bench: Bench, target: Target, count: int, pace: float, script: dict[str, Any], *, elsewhere: int | None = None
+) -> None:
+    """Has the load open streams. BenchError where not all open."""
+    where = {"port": target.port, "path": target.path, "elsewhere": elsewhere}
     limit_s = count / pace + 30
     got = bench.load.do("open", **where, count=count, pace=pace, script=script, limit_s=limit_s, within=2 * limit_s)
     if got["open"] < count:
@@ -407,7 +424,8 @@ def _until_evicted(bench: Bench, watch: _Watch, *, evicts: bool) -> None:
         watch.look(watch.evicted, scale.stall + scale.patience)
 
 
-def _words(paced: Paced) -> str:
+def words(paced: Paced) -> str:
+    """For the progress."""
     cpu = f", {paced.cpu_us:.1f} us of CPU a token" if paced.cpu_us else ""
     marks = f" MARKED: {'; '.join(paced.marks)}" if paced.marks else ""
     return f"{paced.tokens_s:,.0f} tokens/s{cpu}, p50 {paced.p50_ms:.2f} ms, p99 {paced.p99_ms:.2f} ms{marks}"

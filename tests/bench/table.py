@@ -6,6 +6,7 @@ from statistics import median
 
 from resume import Kept, Replay, Resume
 from sections import DIRECT, Idle, Paced, Scale, Stalled
+from shared import Shared
 
 US = "aisse"
 NAIVE, NODE = "naive", "node"
@@ -23,6 +24,10 @@ COMPACT_MS = 50.0
 # "A few": all that is no delta, and one of each 64 KiB of text.
 COMPACT_FRAMES = 20
 KEPT_RATIO = 1.5
+SHARED_CPU = 1.5
+ELSEWHERE_MS = 60.0
+FOLLOWED_RATIO = 1.3
+CONNECTIONS = 5
 # "Not slower": what a median moves from one quiet run to the next.
 LOOK_UP_OVER_MS = 0.1
 
@@ -46,6 +51,7 @@ class Report:
     idle: dict[str, Idle] = field(default_factory=dict)
     stalled: dict[str, Stalled] = field(default_factory=dict)
     resume: dict[str, Resume] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         return [
@@ -53,6 +59,7 @@ class Report:
             *(_idle_rows(self.idle, self.scale) if self.idle else []),
             *(_stalled_rows(self.stalled, self.scale) if self.stalled else []),
             *(_resume_rows(self.resume[US], self.scale) if US in self.resume else []),
+            *(_shared_rows(self.shared[US], self.scale) if US in self.shared else []),
         ]
 
     def marks(self) -> list[str]:
@@ -257,6 +264,43 @@ def _replay_rows(replay: Replay, name: str) -> list[Row]:
         ),
         Row(f"  all of it, {replay.whole_frames:,} frames, ms", {US: f"{replay.whole_ms:.1f}"}),
         Row("  tokens out of place", {US: f"{replay.wrong}"}, "0", not replay.wrong),
+    ]
+
+
+def _shared_rows(ours: Shared, scale: Scale) -> list[Row]:
+    verdicts = [run.verdict for run in (*ours.memory, *ours.shared, ours.elsewhere)]
+    ratio = ours.followed_kib / ours.local_kib
+    marked = sum(bool(run.marks) for run in (*ours.memory, *ours.shared))
+    return [
+        Row(f"shared log in {ours.engine}, {scale.streams} streams x {scale.rate:g} tokens/s"),
+        Row("  CPU us a token, in memory (min-max)", {US: _spread(ours.memory)}),
+        Row("  CPU us a token, shared (min-max)", {US: _spread(ours.shared)}),
+        Row("  CPU a token, shared / in memory", {US: f"{ours.cost:.2f}"}, f"<= {SHARED_CPU}", ours.cost <= SHARED_CPU),
+        Row("  CPU of the engine / of aisse", {US: f"{ours.engine_share:.2f}"}, "< 1", ours.engine_share < 1),
+        Row("  tokens/s that one CPU of the engine carries", {US: f"{ours.carried:,.0f}"}),
+        Row("  memory of the engine / bytes logged", {US: f"{ours.stored_ratio:.2f}"}),
+        Row("  lateness elsewhere p50, ms", {US: f"{ours.elsewhere.p50_ms:.1f}"}),
+        Row(
+            "  lateness elsewhere p99, ms",
+            {US: f"{ours.elsewhere.p99_ms:.1f}"},
+            f"<= {ELSEWHERE_MS:g}",
+            ours.elsewhere.p99_ms <= ELSEWHERE_MS,
+        ),
+        Row(
+            f"  KiB followed / local, {ours.streams:,} idle",
+            {US: f"{ours.followed_kib:.1f} / {ours.local_kib:.1f} ({ratio:.2f})"},
+            f"<= {FOLLOWED_RATIO}",
+            ratio <= FOLLOWED_RATIO,
+        ),
+        Row(
+            "  connections to the engine",
+            {US: f"{ours.connections}"},
+            f"<= {CONNECTIONS}",
+            ours.connections <= CONNECTIONS,
+        ),
+        _verdicts({US: verdicts}),
+        _ids(verdicts),
+        Row("  runs marked", {US: f"{marked} of {2 * len(ours.memory)}"}, "0", not marked),
     ]
 
 
