@@ -16,6 +16,7 @@ from aisse.errors import ConfigError, DrainingError, RequestError, StreamError, 
 from aisse.listener import Listener
 from aisse.registry import Registry
 from aisse.routes import chat, operations, pages
+from aisse.settings import log_kind
 from aisse.systemd import Notifier
 from aisse.upstream import Upstream, needs_key
 
@@ -81,14 +82,12 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
 
 
 def _shared_log(settings: Settings) -> OpenShared | None:
-    if settings.log == "memory":
+    if log_kind(settings) == "memory":
         return None
     try:
         from aisse.shared import Shared  # noqa: PLC0415 - an optional extra
     except ModuleNotFoundError:
-        raise ConfigError(
-            f"log: {settings.log.partition(':')[0]} needs the package redis: pip install 'aisse[redis]'"
-        ) from None
+        raise ConfigError(f"log: {log_kind(settings)}:// needs the package redis: pip install 'aisse[redis]'") from None
     return Shared
 
 

@@ -122,8 +122,8 @@ class Settings(BaseModel):
     )
     reconnect_spread_s: Seconds = _field(5, "readers that come back after a shutdown are spread over so long")
 
-    log: str = _field(
-        "memory", "where streams are kept for replay: `memory`, or a URL redis://, rediss:// or unix://", repr=False
+    log: SecretStr = _field(
+        SecretStr("memory"), "where streams are kept for replay: `memory`, or a URL redis://, rediss:// or unix://"
     )
     lease_s: LeaseSeconds = _field(6, "with a shared log: an instance that is silent for so long has lost its streams")
     log_tick_s: TickSeconds = _field(0.02, "with a shared log: how long events are gathered before they go there")
@@ -154,11 +154,11 @@ class Settings(BaseModel):
 
     @field_validator("log")
     @classmethod
-    def _shared_log(cls, value: str) -> str:
-        if value == "memory":
+    def _shared_log(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value() == "memory":
             return value
         try:
-            url = URL(value)
+            url = URL(value.get_secret_value())
         except ValueError as error:
             raise ValueError("is no URL") from error
         if url.scheme not in {"redis", "rediss", "unix"} or not (url.path if url.scheme == "unix" else url.host):
@@ -207,9 +207,14 @@ class Settings(BaseModel):
 
 
 SECRETS = frozenset({"access_tokens", "upstream_key"})
-"""Never a flag (other users of the machine see those), never shown."""
+"""Never a flag (other users of the machine see those), never shown. Of `log` that holds for its password."""
 
 MASK = "********"
+
+
+def log_kind(settings: Settings) -> str:
+    """Where streams are kept, without where that is: `memory`, `redis`, `rediss` or `unix`."""
+    return settings.log.get_secret_value().partition(":")[0]
 
 
 def has_password(text: str) -> bool:
@@ -304,8 +309,8 @@ def shown(name: str, value: object) -> str:
         return str(int(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(name, item) for item in value) + "]"
+    if isinstance(value, SecretStr):
+        value = without_password(value.get_secret_value())
     if isinstance(value, str):
-        if name == "log":
-            value = without_password(value)
         return json.dumps(value, ensure_ascii=False)  # a basic string of TOML, but for characters that no setting has
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -117,7 +117,7 @@ class Shared:
         """Raises ConfigError for a URL that cannot be meant."""
         self._settings = settings
         self._memory = memory
-        url = settings.log
+        url = settings.log.get_secret_value()
         self._client = _connect(url, _CONNECTIONS, ANSWER_S)
         self._blocking = _connect(url, 1, ANSWER_S + BLOCK_S)
         self._followed: dict[str, FollowedStream] = {}

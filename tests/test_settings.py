@@ -6,7 +6,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from aisse.errors import ConfigError
 from aisse.settings import SECRETS, Settings, is_loopback, load, shown
@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "stall_s": 30,
     "retention_s": 300,
     "drain_s": 25,
-    "log": "memory",
+    "log": SecretStr("memory"),
     "log_format": "auto",
     "write_buffer_bytes": 16 << 10,
     "send_buffer_bytes": 32 << 10,
@@ -192,7 +192,9 @@ WRONG_VALUES: list[tuple[str, str]] = [
     *(("replay_bytes", value) for value in ("lots", "1 KiB KiB")),
     *(("heartbeat_s", value) for value in ("", "x", "0", "-1", "nan", "inf", "1e9", "5s")),
     *(("leave_s", value) for value in ("-0.1", "nan", "inf", "x")),
-    *(("log", value) for value in ("", "redis", "MEMORY", "file")),
+    *(("log", value) for value in ("", "redis", "MEMORY", "file", "redis://", "unix://", "http://a", "redis://a:b/0")),
+    *(("lease_s", value) for value in ("0", "0.9", "x", "inf")),
+    *(("log_tick_s", value) for value in ("0", "2", "x")),
     *(("log_format", value) for value in ("xml", "")),
     *(("log_level", value) for value in ("trace", "INFO!", "")),
     *(("access_tokens", value) for value in ("short", "a-token-of-some-length,short", "white space in it!")),
@@ -307,6 +309,20 @@ def test_secret_is_masked_wherever_settings_are_printed(name: str) -> None:
     assert "****" in shown(name, getattr(settings, name))
 
 
+@pytest.mark.parametrize(
+    "url", [f"redis://:{SECRET}@a/0", f"rediss://u:{SECRET}@a", f"unix:///a?password={SECRET}&db=1"]
+)
+def test_password_of_the_log_is_masked_and_refused_as_a_flag(url: str) -> None:
+    settings = load({}, {"AISSE_LOG": url}).settings
+    for text in (str(settings), repr(settings), settings.model_dump_json(), str(settings.model_dump())):
+        assert SECRET not in text
+    assert SECRET not in shown("log", settings.log)
+    assert "****" in shown("log", settings.log)
+    said = wrong(flags={"log": url})
+    assert SECRET not in said
+    assert "AISSE_LOG" in said
+
+
 @pytest.mark.parametrize("value", [SECRET + " with a space", SECRET + "!", f"{SECRET},short"])
 def test_wrong_secret_is_not_quoted(tmp_path: Path, value: str) -> None:
     assert SECRET not in wrong(environ={"AISSE_ACCESS_TOKENS": value})
@@ -370,6 +386,10 @@ SHOWN: list[tuple[str, Any]] = [
     ("upstream", "http://a/back\\slash"),
     ("upstream", "simulator"),
     ("log_level", "debug"),
+    ("log", "memory"),
+    ("log", "redis://127.0.0.1:6379/0"),
+    ("log", "rediss://user@redis.example/1"),
+    ("log", "unix:///run/redis.sock?db=2"),
 ]
 
 

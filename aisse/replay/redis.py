@@ -77,6 +77,7 @@ class RedisLog(MemoryLog):
     __slots__ = (
         "_mirror",
         "created_at",
+        "entries_key",
         "gone",
         "id",
         "kept",
@@ -84,13 +85,19 @@ class RedisLog(MemoryLog):
         "known",
         "listed",
         "read_elsewhere",
+        "readers_key",
         "sealed",
+        "state_key",
         "suspect",
     )
 
     def __init__(self, stream_id: str, memory: ReplayMemory, mirror: Mirror) -> None:
         super().__init__(stream_id, memory)
         self.id = stream_id
+        # Made once: they are sent with every append.
+        self.state_key = state_key(stream_id).encode()
+        self.entries_key = entries_key(stream_id).encode()
+        self.readers_key = readers_key(stream_id).encode()
         self.created_at = time.time()
         self.kept = 0  # position up to which Redis has it
         self.kept_seq = 0
@@ -256,14 +263,14 @@ class Mirror:
         if unknown := [log for log in batch if not log.known]:
             created = [round(log.created_at * 1000) for log in unknown]
             await self._create(
-                keys=[state_key(log.id) for log in unknown],
+                keys=[log.state_key for log in unknown],
                 args=[self.token, self._lease_ms, self._keep_ms, *created],
             )
             for log in unknown:
                 log.known = True
             self._created.set()
             self._created = asyncio.Event()
-        keys: list[str] = []
+        keys: list[bytes] = []
         args: list[Any] = [self.token, self._keep_ms]
         groups: list[tuple[RedisLog, int, int]] = []
         size = 0
@@ -276,7 +283,7 @@ class Mirror:
                 continue
             kept = log.kept + len(frames)
             last_seq = log.last_seq if kept == log.tail else last_seq_of(frames)
-            keys += (state_key(log.id), entries_key(log.id))
+            keys += (log.state_key, log.entries_key)
             args += (log.kept_seq, last_seq, int(log.sealed and kept == log.tail), frames)
             groups.append((log, kept, last_seq))
             size += len(frames)
@@ -326,7 +333,7 @@ class Mirror:
 
     async def _give_up(self, lost: Iterable[RedisLog]) -> None:
         for log in lost:
-            entries: Any = await self._client.xrevrange(entries_key(log.id), count=1)
+            entries: Any = await self._client.xrevrange(log.entries_key, count=1)
             self.drop(log)
             last, fields = entries[0] if entries else (b"0-0", {b"f": b""})
             self._producer.lost(log.id, fields[b"f"], int(last.partition(b"-")[0]))
@@ -361,7 +368,7 @@ class Mirror:
         for at in range(0, len(logs), _BATCH):
             some = logs[at : at + _BATCH]
             said = await self._renew(
-                keys=[key for log in some for key in (state_key(log.id), entries_key(log.id), readers_key(log.id))],
+                keys=[key for log in some for key in (log.state_key, log.entries_key, log.readers_key)],
                 args=[self.token, self._lease_ms, self._keep_ms],
             )
             lost = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 import aisse
+from aisse.settings import log_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,7 @@ def routes(
             "bufferedBytes": registry.buffered_bytes,
             "replayBytes": registry.replay_bytes,
             "eventLoopLagMs": round(registry.loop_lag_s * 1000, 1),
-            "log": settings.log.partition(":")[0],
+            "log": log_kind(settings),
             "upstream": upstream_name,
             "version": aisse.__version__,
         }

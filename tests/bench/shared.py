@@ -39,7 +39,7 @@ class Shared:
     """The same of one that is generated elsewhere."""
     streams: int
     connections: int
-    """To the engine, of the instance that follows all these streams."""
+    """To the engine, of the instance that generates all these streams and the one that follows them."""
     stored_ratio: float
     """Memory of the engine for a byte of the logs."""
 
@@ -91,13 +91,16 @@ def shared(bench: Bench, kind: Kind) -> Shared:
         with bench.relay(kind, heartbeat_s=beat) as (target, child):
             local_kib = _grown(bench, target, child, None)
             bench.load.do("close")
-        clients = len(client.client_list())
-        with bench.relay(kind, heartbeat_s=beat, log=log) as (one, _):
-            own = len(client.client_list()) - clients
-            with bench.relay(kind, heartbeat_s=beat, log=log) as (two, child):
-                followed_kib = _grown(bench, one, child, two.port)
-                connections = len(client.client_list()) - clients - own
-                bench.load.do("close")
+        with (
+            bench.relay(kind, heartbeat_s=beat, log=log) as (one, _),
+            bench.relay(kind, heartbeat_s=beat, log=log) as (
+                two,
+                child,
+            ),
+        ):
+            followed_kib = _grown(bench, one, child, two.port)
+            connections = len(client.client_list()) - 1  # ours
+            bench.load.do("close")
         client.close()
     bench.say(f"shared: {local_kib:.1f} KiB a local stream, {followed_kib:.1f} followed, {connections} connections")
     return Shared(

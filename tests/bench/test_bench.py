@@ -38,6 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     asked = {
         "whole": (["--relays", "aisse", "--only", "throughput,idle,stalled", "--no-fail"], None),
         "resume": (["--relays", "aisse,naive", "--only", "resume", "--no-fail"], None),
+        "shared": (["--relays", "aisse,naive", "--only", "shared", "--no-fail"], None),
         "faulty": (["--relays", ",".join(f"faulty-{fault}" for fault in FAULTS), "--only", "throughput"], None),
         "no node": (["--relays", "node", "--only", "throughput"], {"PATH": ""}),
     }
@@ -78,6 +79,19 @@ def test_quick_run_reads_every_token_again(outcomes: dict[str, Outcome]) -> None
     assert 0 < resumed["few"]["logged_kib"] < resumed["many"]["logged_kib"]
     assert resumed["full"]["logged_kib"] < scale["replay_bytes"] / 1024
     assert "first replayed byte beyond it" in outcomes["resume"].table
+
+
+def test_quick_run_shares_every_token(outcomes: dict[str, Outcome]) -> None:
+    """Beside the log in memory, read on another instance, and with streams that are followed."""
+    assert outcomes["shared"].code == 0, outcomes["shared"].progress
+    shared = outcomes["shared"].record["shared"]["aisse"]
+    for run in (*shared["memory"], *shared["shared"], shared["elsewhere"]):
+        assert run["tokens_s"] > 0.5 * run["offered_s"]
+        assert _clean(run["verdict"])
+    assert shared["shared"][0]["busy"]["engine"] > 0
+    assert shared["elsewhere"]["p50_ms"] > shared["shared"][0]["p50_ms"]
+    assert 2 <= shared["connections"] <= 10
+    assert "lateness elsewhere p99" in outcomes["shared"].table
 
 
 def test_quick_run_prints_table_with_bounds(outcomes: dict[str, Outcome]) -> None:
