@@ -47,7 +47,7 @@ _SWEEP_BATCH = 100
 
 # How long the shared log may take to get the last events of streams that are ended at shutdown, and for a stream that
 # somebody is about to be told of.
-_SHARED_S = 0.5
+_SHARED_S = 0.3
 
 # Loop lag above this, and so many failures in a row, make the service `degraded`.
 _LAG_S = 0.5
@@ -125,7 +125,8 @@ class Registry:
             self._sweeper = None
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._shared is not None:
-            if not await self._shared.settled(_SHARED_S):
+            # One that is in trouble is not waited for: the process is to be gone in time.
+            if not await self._shared.settled(_SHARED_S if self._shared.trouble is None else 0.0):
                 _log.warning("the shared log has not got everything", streams=self._shared.behind)
             await self._shared.close()
 

@@ -88,7 +88,6 @@ class FollowedStream(Stream):
             on_end=on_end,
         )
         self.created_at = created_at
-        self.left = now
         self._max_event_bytes = max_event_bytes
         self.start()  # its producer was asked about its status
 
@@ -162,7 +161,7 @@ class Shared:
 
     async def close(self) -> None:
         """Cancels and awaits every task. What Redis has not got is lost; see `settled`. Idempotent."""
-        if self._running:
+        if self._running and self.trouble is None:
             await self._tailer.leave()
         tasks = [*self._running, *self._tasks, *self._opening.values()]
         self._running = []
@@ -302,6 +301,8 @@ class Shared:
         if stream.reason is None:
             self._followed[stream_id] = stream
             await self._tailer.follow(stream)
+            if not stream.readers:
+                stream.left = asyncio.get_running_loop().time()
         else:
             stream.ended_at = found.ended_at or stream.ended_at
         return stream

@@ -396,7 +396,8 @@ class Mirror:
         self._look_at_clock()
         try:
             await work()
-        except (exceptions.RedisError, OSError, TimeoutError) as error:
+        except Exception as error:
+            # Whatever it is must not end the task for ever, and with it what others get of all streams.
             trouble = in_words(error)
             if trouble not in self._troubles.values():
                 _log.warning("shared log in trouble", why=trouble)
@@ -421,6 +422,9 @@ def backoff_s(failures: int) -> float:
 def in_words(error: BaseException) -> str:
     """What is the matter with Redis, for operators; nothing of what was sent to it."""
     match error:
+        case _ if not isinstance(error, exceptions.RedisError | OSError):  # TimeoutError is an OSError
+            _log.error("shared log failed", exc_info=error)
+            return "the shared log's client failed; the log tells how"
         case exceptions.OutOfMemoryError():
             return "the shared log is full (maxmemory)"
         case exceptions.ReadOnlyError():
@@ -429,7 +433,7 @@ def in_words(error: BaseException) -> str:
             return "the shared log is still loading its data"
         case exceptions.AuthenticationError() | exceptions.NoPermissionError():
             return "the shared log refuses our user or password"
-        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError() | TimeoutError():
+        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
             return "the shared log does not answer"
     # Redis begins its errors with a word in capitals; the rest may repeat what it was sent.
     word = str(error).partition(" ")[0]

@@ -37,6 +37,9 @@ _PROMPT_S = 1.0
 
 _BATCH = 256
 
+# What a process that ends takes at most to say that nobody reads here.
+_LEAVE_S = 0.2
+
 _log = structlog.get_logger("aisse.replay")
 
 
@@ -67,7 +70,7 @@ class Follower(Protocol):
 class _Followed:
     """What is known of one stream beside the stream."""
 
-    __slots__ = ("entries", "missing_since", "readers", "state", "stream", "told")
+    __slots__ = ("entries", "lapsed_since", "missing_since", "readers", "state", "stream", "told")
 
     def __init__(self, stream: Follower) -> None:
         self.stream = stream
@@ -75,6 +78,7 @@ class _Followed:
         self.state = state_key(stream.id)
         self.readers = readers_key(stream.id)
         self.told = 0  # the position that Redis was told of
+        self.lapsed_since: float | None = None
         self.missing_since: float | None = None
 
 
@@ -99,6 +103,7 @@ class Tailer:
         self._tick_s = tick_s
         self._lease_s = lease_s
         self._lease_ms = round(lease_s * 1000)
+        self._interval_s = lease_s / RENEWALS
         self._keep_ms = round((retention_s + lease_s) * 1000)
         self._report_bytes = read_ahead_bytes // 4
         self._followed: dict[bytes, _Followed] = {}
@@ -158,7 +163,8 @@ class Tailer:
         for followed in list(self._followed.values()):
             self.unfollow(followed.stream)
         with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
-            await self._look_after_all([])
+            async with asyncio.timeout(_LEAVE_S):
+                await self._look_after_all([])
 
     async def run(self) -> None:
         """Follows and watches until it is cancelled."""
@@ -178,7 +184,8 @@ class Tailer:
             begun = loop.time()
             try:
                 await self._tail_once()
-            except (exceptions.RedisError, OSError, TimeoutError) as error:
+            except Exception as error:
+                # Whatever it is must not end the task for ever, and with it all that others generate.
                 self._troubles["tail"] = in_words(error)
                 self._blocking_id = None
                 await self._blocking.connection_pool.disconnect()
@@ -212,9 +219,8 @@ class Tailer:
             return
         if before < stream.log.last_seq:
             # Redis was emptied and given everything again, cut in other places.
-            line = b"\nid: %b.%d\n\n" % (stream.id.encode(), stream.log.last_seq)
-            frames = frames[frames.index(line) + len(line) :]
-        elif before > stream.log.last_seq:
+            _, _, frames = frames.partition(b"\nid: %b.%d\n\n" % (stream.id.encode(), stream.log.last_seq))
+        if before > stream.log.last_seq or not frames:
             _log.error("shared log has a hole", stream_id=stream.id[:8])
             self._followed.pop(entries_key(stream.id).encode(), None)
             stream.conclude(*stream.burial())
@@ -234,11 +240,11 @@ class Tailer:
             await asyncio.sleep(2 * self._tick_s if not failures else backoff_s(failures))
             try:
                 if time.monotonic() >= due:
-                    due = time.monotonic() + self._lease_s / RENEWALS
+                    due = time.monotonic() + self._interval_s
                     await self._look_after_all(list(self._followed.values()))
                 elif some := [each for each in self._followed.values() if self._has_news(each)]:
                     await self._look_after_all(some)
-            except (exceptions.RedisError, OSError, TimeoutError) as error:
+            except Exception as error:
                 self._troubles["attend"] = in_words(error)
                 failures += 1
             else:
@@ -286,7 +292,13 @@ class Tailer:
                 self._miss(each)
                 continue
             each.missing_since = None
-            if left_ms < 0 and not ended and trusted and last_seq == each.stream.log.last_seq:
+            if left_ms >= 0 or ended or not trusted:
+                each.lapsed_since = None
+                continue
+            if each.lapsed_since is None:
+                each.lapsed_since = begun
+            # Seen twice, with a renewal's time in between: Redis's clock may have been set.
+            if begun - each.lapsed_since >= self._interval_s * 0.9 and last_seq == each.stream.log.last_seq:
                 frames, end_seq = each.stream.burial()
                 args = [last_seq, end_seq, frames, self._keep_ms, now_ms + round(_PROMPT_S * 1000)]
                 if await self._bury(keys=[each.state, each.entries], args=args):

@@ -292,6 +292,38 @@ async def test_redis_that_is_away_costs_no_reader_an_event(
         await eventually(lambda: not one.logged("reader evicted"))
 
 
+@pytest.mark.parametrize("how", ["stopped", "standing still"])
+async def test_drain_without_redis_lets_readers_stay_and_is_over_in_time(
+    redis: Server, upstream: Command, client: aiohttp.ClientSession, how: str
+) -> None:
+    async with instance(upstream, redis, "--drain-s", "3") as one:
+        paths = [await ask(client, one.url, f"[[tokens={tokens} pace=20]]") for tokens in (60, 100_000)]
+        readers = [asyncio.create_task(read(client, one.url + path)) for path in paths]
+        async with asyncio.timeout(9):
+            while not await kept(redis, paths[1]):
+                await asyncio.sleep(0.01)
+        if how == "stopped":
+            await redis.stop()
+        else:
+            redis.pause()
+        async with asyncio.timeout(9):
+            while not one.logged("shared log in trouble"):
+                await asyncio.sleep(0.02)
+        begun = time.monotonic()
+        one.process.send_signal(signal.SIGTERM)
+        assert await one.exit() == 0
+        assert time.monotonic() - begun < 3 + 2
+        assert [json.loads(parse((await reader).encode()).frames[-1].data)["reason"] for reader in readers] == [
+            "complete",
+            "shutdown",
+        ]
+
+
+async def read(client: aiohttp.ClientSession, url: str) -> str:
+    async with client.get(url) as answer:
+        return await answer.text()
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [
