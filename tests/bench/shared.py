@@ -15,7 +15,7 @@ from statistics import median
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from measure import rss_kib
+from measure import cpu_ns, rss_kib
 from processes import BenchError, Child, Kind, http_json
 from redis import Redis
 from redis_server import binaries, free_port
@@ -40,6 +40,8 @@ class Shared:
     streams: int
     connections: int
     """To the engine, of the instance that generates all these streams and the one that follows them."""
+    idle_carried: float
+    """Idle streams that would keep one CPU of the engine busy, with their leases, each followed by one instance."""
     stored_ratio: float
     """Memory of the engine for a byte of the logs."""
 
@@ -100,6 +102,9 @@ def shared(bench: Bench, kind: Kind) -> Shared:
         ):
             followed_kib = _grown(bench, one, child, two.port)
             connections = len(client.client_list()) - 1  # ours
+            before_ns = cpu_ns(engine.pid)
+            time.sleep(scale.settle)
+            idle_share = (cpu_ns(engine.pid) - before_ns) / 1e9 / scale.settle
             bench.load.do("close")
         client.close()
     bench.say(f"shared: {local_kib:.1f} KiB a local stream, {followed_kib:.1f} followed, {connections} connections")
@@ -112,6 +117,7 @@ def shared(bench: Bench, kind: Kind) -> Shared:
         followed_kib=followed_kib,
         streams=scale.followed,
         connections=connections,
+        idle_carried=scale.followed / idle_share,
         stored_ratio=stored,
     )
 

@@ -278,6 +278,7 @@ def _shared_rows(ours: Shared, scale: Scale) -> list[Row]:
         Row("  CPU a token, shared / in memory", {US: f"{ours.cost:.2f}"}, f"<= {SHARED_CPU}", ours.cost <= SHARED_CPU),
         Row("  CPU of the engine / of aisse", {US: f"{ours.engine_share:.2f}"}, "< 1", ours.engine_share < 1),
         Row("  tokens/s that one CPU of the engine carries", {US: f"{ours.carried:,.0f}"}),
+        Row("  idle streams that it carries, each followed", {US: f"{ours.idle_carried:,.0f}"}),
         Row("  memory of the engine / bytes logged", {US: f"{ours.stored_ratio:.2f}"}),
         Row("  lateness elsewhere p50, ms", {US: f"{ours.elsewhere.p50_ms:.1f}"}),
         Row(
