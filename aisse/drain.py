@@ -133,10 +133,11 @@ class Drain:
 
     async def _wait_idle(self, report: Report) -> bool:
         loop = asyncio.get_running_loop()
-        if await self._registry.idle(0):
+        if await self._registry.idle(0) and await self._registry.settled(0):
             return True
         while (left_s := self._deadline - loop.time()) > 0:
             idle = await self._registry.idle(min(left_s, _REPORT_S))
+            idle = idle and await self._registry.settled(min(left_s, _REPORT_S))
             report(self._registry.active_streams, self._registry.readers, max(0.0, self._deadline - loop.time()))
             if idle:
                 return True

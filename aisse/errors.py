@@ -3,6 +3,8 @@
 AisseError
 ├── ConfigError               the start is refused (exit 78, sysexits' EX_CONFIG)
 ├── RequestError              the client's request is at fault, or cannot be taken now: a 4xx or 503 of ours
+│   ├── UnknownStreamError    there is no such stream
+│   ├── KeyReusedError        an Idempotency-Key came with another request
 │   ├── DrainingError         nothing was started, because the server is shutting down
 │   └── LogUnavailableError   the shared log does not answer
 └── StreamError               what ends a stream otherwise than complete
@@ -52,6 +54,20 @@ class RequestError(AisseError):
     def body(self) -> dict[str, object]:
         """The error as clients get it, in the shape of an `error` event."""
         return error_body(self.kind, str(self), self.field)
+
+
+class UnknownStreamError(RequestError):
+    """There is no such stream, or none any more."""
+
+    def __init__(self) -> None:
+        super().__init__(404, "not_found_error", "there is no such stream; it may have expired")
+
+
+class KeyReusedError(RequestError):
+    """The key belongs to another request."""
+
+    def __init__(self) -> None:
+        super().__init__(422, "invalid_request_error", "was used for another request before", "Idempotency-Key")
 
 
 class DrainingError(RequestError):

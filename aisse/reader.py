@@ -157,10 +157,10 @@ class Reader:
             await self._write_what_is_logged()
             if stream.state is State.ENDED:
                 break
-            stream.catch_up(self)
-            await self._leave_tail()
             if self._closing:
                 raise ConnectionResetError("moved")
+            stream.catch_up(self)
+            await self._leave_tail()
         # A heartbeat after the last chunk would be taken for the next response on this connection.
         self._closing = True
         # Here and not by returning: the sweep must still see a peer that never takes the last bytes, be they few.

@@ -12,13 +12,14 @@ import hashlib
 import json
 import math
 import secrets
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import structlog
 
-from aisse.errors import DrainingError, RequestError, StreamError, UpstreamError
+from aisse.errors import DrainingError, KeyReusedError, RequestError, StreamError, UnknownStreamError, UpstreamError
+from aisse.rate import Rate
 from aisse.relay import Relay
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.stream import Reason, State, Stream
@@ -42,22 +43,15 @@ SWEEP_S = 1.0
 # a crowd of tiny answers would take several times replay_bytes.
 KEPT_BYTES = 2 << 10
 
-# How many streams the sweep looks at before other tasks get a turn, so that it delays no token by more than that.
+# How many streams the sweep looks at before other tasks get a turn: it delays no token by more than that.
 _SWEEP_BATCH = 100
 
-# How long the shared log may take to get the last events of streams that are ended at shutdown, and for a stream that
-# somebody is about to be told of.
+# How long the shared log may take for the last events at shutdown, and for a stream that somebody is to be told of.
 _SHARED_S = 0.3
 
 # Loop lag above this, and so many failures in a row, make the service `degraded`.
 _LAG_S = 0.5
 _FAILURES = 5
-
-# Span over which a rate of tokens is shown.
-_RATE_S = 10
-
-_NO_SUCH_STREAM = "there is no such stream; it may have expired"
-_OTHER_REQUEST = "was used for another request before"
 
 _NOT_FAILED = frozenset({Reason.COMPLETE, Reason.STOPPED, Reason.ABANDONED})
 
@@ -90,7 +84,7 @@ class Registry:
         self.loop_lag_s = 0.0
         self._failures_in_a_row = 0
         self._content_events = 0  # of streams that have ended
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_S + 1)
+        self._rate = Rate(span_s=10)
 
     async def start(self) -> None:
         """Starts the sweep. Raises ConfigError where the shared log is not ours to use."""
@@ -126,9 +120,13 @@ class Registry:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._shared is not None:
             # One that is in trouble is not waited for: the process is to be gone in time.
-            if not await self._shared.settled(_SHARED_S if self._shared.trouble is None else 0.0):
+            if not await self.settled(_SHARED_S if self._shared.trouble is None else 0.0):
                 _log.warning("the shared log has not got everything", streams=self._shared.behind)
             await self._shared.close()
+
+    async def settled(self, within_s: float) -> bool:
+        """Whether the shared log, if there is one, has got everything, now or `within_s`. One caller at a time."""
+        return self._shared is None or await self._shared.settled(within_s)
 
     # --- streams ----------------------------------------------------------------------------------------------
 
@@ -137,16 +135,13 @@ class Registry:
         return self._running.get(stream_id) or self._finished.get(stream_id)
 
     async def find(self, stream_id: str) -> Stream:
-        """The stream of that id, running or retained, here or elsewhere.
-
-        Raises RequestError (404), and LogUnavailableError where nobody knows.
-        """
+        """The stream of that id, here or elsewhere. Raises UnknownStreamError, or LogUnavailableError: nobody knows."""
         stream = self.get(stream_id)
         if stream is None and self._shared is not None:
             self._need_room()
             stream = await self._shared.find(stream_id)
         if stream is None:
-            raise RequestError(404, "not_found_error", _NO_SUCH_STREAM)
+            raise UnknownStreamError
         return stream
 
     async def stop(self, stream_id: str) -> None:
@@ -156,7 +151,7 @@ class Registry:
         elif stream_id not in self._finished and not (
             self._shared is not None and await self._shared.ask_to_stop(stream_id)
         ):
-            raise RequestError(404, "not_found_error", _NO_SUCH_STREAM)
+            raise UnknownStreamError
 
     async def told(self, stream: Stream) -> None:
         """Returns once whoever is told of the stream finds it on other instances, too; soon in any case."""
@@ -180,7 +175,7 @@ class Registry:
             self.admit()
             claimed, holder = await self._shared.claim(key, digest)
             if holder is None:
-                raise RequestError(422, "invalid_request_error", _OTHER_REQUEST, "Idempotency-Key")
+                raise KeyReusedError
             if holder == claimed:
                 try:
                     return self._start(key, digest, body, leave_s, claimed)
@@ -193,17 +188,22 @@ class Registry:
         if (known := self._keys.get(key)) is None:
             return None
         if known[1] != digest:
-            raise RequestError(422, "invalid_request_error", _OTHER_REQUEST, "Idempotency-Key")
+            raise KeyReusedError
         return known[0]
 
     def _start(self, key: Key, digest: bytes, body: bytes, leave_s: float, stream_id: str | None = None) -> Stream:
-        stream = self.create(body, leave_s, stream_id)
+        stream = self.create(body, leave_s, stream_id, (key, digest))
         stream.key = key
         self._keys[key] = stream, digest
         return stream
 
-    def create(self, body: bytes, leave_s: float, stream_id: str | None = None) -> Stream:
-        """Starts a generation for `body`, the upstream's request. Raises RequestError (503) where there is no room."""
+    def create(
+        self, body: bytes, leave_s: float, stream_id: str | None = None, claim: tuple[Key, bytes] | None = None
+    ) -> Stream:
+        """Starts a generation for `body`, the upstream's request; `stream_id` and `claim` are those of a claimed key.
+
+        Raises RequestError (503) where there is no room.
+        """
         self.admit()
         if len(self._running) >= self._settings.max_streams:
             raise RequestError(503, "overloaded_error", "too many answers are being generated", retry_after_s=5)
@@ -213,7 +213,7 @@ class Registry:
             stream_id = secrets.token_urlsafe(16)
         stream = Stream(
             stream_id,
-            self._shared.log(stream_id) if self._shared is not None else MemoryLog(stream_id, self._memory),
+            self._shared.log(stream_id, claim) if self._shared is not None else MemoryLog(stream_id, self._memory),
             now=asyncio.get_running_loop().time(),
             # One more read of the socket may bring what the kernel holds: twice SO_RCVBUF, socket(7).
             read_ahead_bytes=max(
@@ -324,6 +324,8 @@ class Registry:
             self._release(stream)
             if self._shared is not None:
                 self._shared.withdraw(stream.id, stream.key)
+        if self._shared is not None:
+            self._shared.nobody_elsewhere(stream)
         error = stream.error
         _log.info(
             "stream ended",
@@ -402,9 +404,7 @@ class Registry:
                 break
             if stream.readers == 0:
                 self._forget(stream)
-        self._samples.append(
-            (now, self._content_events + sum(stream.content_events for stream in self._running.values()))
-        )
+        self._rate.sample(now, self._content_events + sum(stream.content_events for stream in self._running.values()))
 
     def _sweep_reader(self, reader: Reader, now: float) -> None:
         try:
@@ -476,10 +476,7 @@ class Registry:
 
     def tokens_per_second(self) -> float:
         """Content events relayed a second, over the last ten seconds; an Anthropic delta carries about one token."""
-        if len(self._samples) < 2:
-            return 0.0
-        (begun, before), (ended, after) = self._samples[0], self._samples[-1]
-        return (after - before) / (ended - begun)
+        return self._rate.per_s
 
     def troubles(self) -> list[str]:
         """What makes the service `degraded`, in words for operators; empty while it is healthy."""

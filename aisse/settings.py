@@ -55,6 +55,8 @@ Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0, le=86400 * 7, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400 * 7, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 30)]
+_TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
+
 LeaseSeconds = Annotated[float, Field(ge=1, le=600, allow_inf_nan=False)]
 TickSeconds = Annotated[float, Field(ge=0.001, le=1, allow_inf_nan=False)]
 LargeBytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 50)]
@@ -163,6 +165,11 @@ class Settings(BaseModel):
             raise ValueError("is no URL") from error
         if url.scheme not in {"redis", "rediss", "unix"} or not (url.path if url.scheme == "unix" else url.host):
             raise ValueError("must be `memory`, redis://host:port/0, rediss://... or unix:///path")
+        if url.scheme != "unix" and re.fullmatch(r"(/[0-9]*)?", url.path) is None:
+            raise ValueError("must have the number of a database as its path, or none")
+        # Others would change what the code relies on, such as timeouts.
+        if any(name not in {"db", "username", "password"} | _TLS_OPTIONS for name in url.query):
+            raise ValueError("has an option that is none of db, username, password and those of TLS (ssl_...)")
         return value
 
     @field_validator("cors_origins")

@@ -141,7 +141,7 @@ def sweeps(registry: Registry) -> Callable[[int], Callable[[], bool]]:
     since = loop.time()
 
     def ended(count: int) -> Callable[[], bool]:
-        return lambda: sum(at > since for at, _ in registry._samples) >= count
+        return lambda: sum(at > since for at, _ in registry._rate._samples) >= count
 
     return ended
 
@@ -606,7 +606,7 @@ async def test_rate_of_tokens_is_that_of_running_and_ended_streams() -> None:
         running.content_events = ended.content_events = 50
         ended.finish(Reason.COMPLETE)
         await eventually(since(3))
-        (begun, before), (now, after) = b.registry._samples[0], b.registry._samples[-1]
+        (begun, before), (now, after) = b.registry._rate._samples[0], b.registry._rate._samples[-1]
         assert (before, after) == (0, 100)
         assert b.registry.tokens_per_second() == pytest.approx(100 / (now - begun))
 

@@ -12,6 +12,7 @@ import random
 import socket
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -83,6 +84,11 @@ class Fleet:
             said: dict[str, Any] = await answer.json()
             return said
 
+    async def get_status(self, instance: int, path: str) -> int:
+        """What the state of a stream is answered with."""
+        async with self.client.get(self.instances[instance].url + path, headers=STATE) as answer:
+            return answer.status
+
     async def health(self, instance: int) -> dict[str, Any]:
         async with self.client.get(self.instances[instance].url + "/health") as answer:
             said: dict[str, Any] = await answer.json()
@@ -113,6 +119,11 @@ async def fleet(
         ]
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         yield Fleet(instances, client, simulator)
+
+
+async def stream_keys(client: Any) -> list[bytes]:
+    """All but what each instance has for itself, and what refuses a claim that comes too late."""
+    return [key for key in await client.keys() if b":instance:" not in key and not key.endswith(b":withdrawn")]
 
 
 async def shared_by(f: Fleet, instance: int) -> None:
@@ -182,8 +193,11 @@ async def test_state_elsewhere_is_that_of_the_producer(redis: Redis) -> None:
         await shared_by(f, 0)
         here, there = await f.state(0, path), await f.state(1, path)
         assert (there["status"], there["reason"]) == ("ended", "complete")
-        # Of the time of the end each has its own clock's word.
-        assert here | {"ended": 0} == there | {"ended": 0}
+        # Of the end's time each has its own clock's word; of the beginning's, to a millisecond.
+        times = {"created": 0, "ended": 0}
+        assert here | times == there | times
+        created = [datetime.fromisoformat(said["created"]) for said in (here, there)]
+        assert abs((created[0] - created[1]).total_seconds()) < 0.005
         running = await f.ask(0, "[[tokens=1000 pace=50]]")
         await eventually(lambda: f.seq(0, running) > 5)
         said = await f.state(1, running)
@@ -234,7 +248,7 @@ async def test_kept_streams_go_when_their_time_is_over(redis: Redis) -> None:
         client = redis.client()
         # The claim is small, and goes by itself a little later: it holds no longer than its stream does.
         async with asyncio.timeout(9):
-            while [key for key in await client.keys() if b":key:" not in key]:
+            while [key for key in await stream_keys(client) if b":key:" not in key]:
                 await asyncio.sleep(0.05)
         await eventually(lambda: not f.followed(1) and f.instances[1].registry.replay_bytes == 0)
         async with f.get(1, path) as answer:
@@ -364,7 +378,7 @@ async def test_key_of_a_refused_request_is_free_on_all_instances(redis: Redis) -
                 assert answer.status == 400
             client = redis.client()
             async with asyncio.timeout(9):
-                while await client.keys():
+                while await stream_keys(client):
                     await asyncio.sleep(0.01)
         assert f.generations == 3
 
@@ -383,7 +397,7 @@ async def test_key_whose_client_left_before_its_answer_is_free(redis: Redis) -> 
         redis.resume()
         client_ = redis.client()
         async with asyncio.timeout(9):
-            while [key for key in await client_.keys() if b":key:" in key]:
+            while await stream_keys(client_):
                 await asyncio.sleep(0.01)
         assert f.generations == 0
 
@@ -633,3 +647,109 @@ async def test_start_without_redis_is_said_and_made_up_for(redis: Redis, capsys:
         await healthy(f, 0)
         await healthy(f, 1)
         await both_whole(f, path, here, asyncio.create_task(f.read(1, path)))
+
+
+async def test_streams_that_were_read_elsewhere_are_forgotten_where_they_were_generated(redis: Redis) -> None:
+    async with fleet(redis.url, retention_s=0.5) as f:
+        for _ in range(5):
+            path = await f.ask(0, "[[tokens=30 pace=30]]")
+            reader = asyncio.create_task(f.read(1, path))
+            await eventually(lambda path=path: bool(f.instances[0].registry._shared._elsewhere))  # type: ignore[union-attr, misc]
+            await reader
+        await eventually(lambda: f.instances[0].registry.replay_bytes == 0)
+
+
+async def test_trouble_is_over_when_redis_is_back_also_where_nothing_is_left_to_do(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=60 pace=40]]")
+        async with f.get(1, path) as answer:
+            await answer.content.readany()
+            await redis.stop()
+            await degraded(f, 0, "does not answer")
+            await degraded(f, 1, "does not answer")
+        await f.read(0, path)
+        await redis.start()
+        await healthy(f, 0)
+        await healthy(f, 1)
+        await f.ask(1, "[[tokens=1]]", Idempotency_Key="k")
+
+
+async def test_claim_without_an_answer_takes_no_key_from_a_stream_that_has_it(redis: Redis) -> None:
+    """Whichever Redis gets to first, the late claim or its withdrawal."""
+    async with fleet(redis.url, lease_s=6) as f:
+        path = await f.ask(0, "[[tokens=600 pace=30]]", Idempotency_Key="held", Aisse_On_Leave="60")
+        redis.pause()
+        for key in ("held", "free"):
+            headers = {"Idempotency-Key": key}
+            async with f.client.post(f.instances[1].chat, json=prompt("[[tokens=600 pace=30]]"), headers=headers) as no:
+                assert no.status == 503
+        redis.resume()
+        await healthy(f, 1)
+        assert await f.ask(1, "[[tokens=600 pace=30]]", Idempotency_Key="held") == path
+        assert f.generations == 1
+        # Nobody is led to a stream that never began.
+        free = await f.ask(1, "[[tokens=3]]", Idempotency_Key="free")
+        assert reason(await f.read(0, free)) == "complete"
+
+
+async def test_keys_survive_an_emptied_redis_for_as_long_as_their_streams_run(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=600 pace=30]]", Idempotency_Key="k", Aisse_On_Leave="60")
+        await redis.client().flushall()
+        async with asyncio.timeout(9):
+            while (await f.get_status(1, path)) == 503:
+                await asyncio.sleep(0.05)
+        assert await f.ask(1, "[[tokens=600 pace=30]]", Idempotency_Key="k") == path
+        assert f.generations == 1
+
+
+async def test_silent_stream_is_not_taken_for_unknown_after_redis_was_emptied(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=5 thinking_s=20]]", Aisse_On_Leave="60")
+        await asyncio.sleep(LEASE_S)  # until each has noted that it knows this Redis
+        await redis.client().flushall()
+        statuses = {await f.get_status(1, path) for _ in range(20)}
+        assert statuses <= {200, 503}
+        await eventually(lambda: path[-22:] in f.followed(1))
+
+
+async def test_reader_elsewhere_holds_its_stream_also_where_redis_was_emptied(redis: Redis) -> None:
+    """The set of readers went with everything else; with no leave time a moment without one would end the stream."""
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=120 pace=40]]", Aisse_On_Leave="cancel")
+        reader = asyncio.create_task(f.read(1, path))
+        await eventually(lambda: bool(f.instances[0].registry._shared._elsewhere))  # type: ignore[union-attr]
+        for _ in range(4):
+            seen = f.seq(1, path)
+            await redis.client().flushall()
+            await eventually(lambda seen=seen: f.seq(1, path) > seen + 20)  # type: ignore[misc]
+        assert reason(await reader) == "complete"
+
+
+async def test_stream_whose_keys_were_half_deleted_holds_up_no_other(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        paths = [await f.ask(0, "[[tokens=80 pace=40]]") for _ in range(3)]
+        readers = [asyncio.create_task(f.read(1, path)) for path in paths]
+        await eventually(lambda: all(f.seq(1, path) > 10 for path in paths))
+        client = redis.client()
+        for path, suffix in zip(paths, (":state", "", ":readers"), strict=True):
+            await client.delete(f"aisse:{{{path[-22]}}}:{path[-22:]}{suffix}")
+        for reader in readers:
+            text = await reader
+            assert reason(text) == "complete"
+            assert numbers(text) == list(range(1, len(numbers(text)) + 1))
+
+
+async def test_connection_that_was_replaced_costs_nobody_a_wait(redis: Redis) -> None:
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=200 pace=40]]")
+        first = asyncio.create_task(f.read(1, path))
+        await eventually(lambda: f.seq(1, path) > 5)
+        client = redis.client()
+        for each in await client.client_list():
+            if each["cmd"] == "xread":
+                await client.client_kill_filter(_id=each["id"])
+        await healthy(f, 1)
+        second = await f.ask(0, "[[tokens=3]]")
+        assert reason(await f.read(1, second)) == "complete"
+        await both_whole(f, path, first)

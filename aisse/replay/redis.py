@@ -9,41 +9,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import secrets
 import time
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import structlog
 from redis import exceptions
 
 from aisse.replay import scripts
+from aisse.replay.connection import PROMPT_S, backoff_s, in_words
 from aisse.replay.memory import MemoryLog, ReplayMemory
-from aisse.replay.scripts import claim_key, entries_key, readers_key, state_key
+from aisse.replay.scripts import claim_key, entries_key, readers_key, state_key, withdrawn_key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from redis.asyncio import Redis
 
-# How long Redis may take for one answer. Longer than any of our calls takes by far, and well within a lease.
-ANSWER_S = 2.0
-
 # At most so many streams and bytes in one call, so that Redis is not kept from others, nor this process by the reply.
 _BATCH = 256
 _BATCH_BYTES = 1 << 20
 
-# What is waited after a failure, doubled each time.
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 1.0
-
-# Nothing here waits for longer between two looks at the clock: so great a gap means that this process stood still.
+# The clock is looked at once a second, by a task that waits for nothing else: so great a gap, or one of a lease if that
+# is more, means that this process stood still.
+_CLOCK_S = 1.0
 _AWAY_S = 5.0
 
-# Renewals and looks at leases in the time of one lease: several may be lost before it lapses, and `stop` is seen within
-# a second.
-RENEWALS = 8
+# How long a claim whose answer did not come is refused, should Redis get to it later.
+_WITHDRAWN_MS = 60_000
+
+# Several renewals may be lost before a lease lapses; that somebody asked for a stream's end is seen within a second.
+_RENEWALS = 8
+_LONGEST_INTERVAL_S = 0.75
 
 _log = structlog.get_logger("aisse.replay")
 
@@ -76,6 +73,7 @@ class RedisLog(MemoryLog):
 
     __slots__ = (
         "_mirror",
+        "claim",
         "created_at",
         "entries_key",
         "gone",
@@ -91,8 +89,10 @@ class RedisLog(MemoryLog):
         "suspect",
     )
 
-    def __init__(self, stream_id: str, memory: ReplayMemory, mirror: Mirror) -> None:
+    def __init__(self, stream_id: str, memory: ReplayMemory, mirror: Mirror, claim: tuple[str, str] | None) -> None:
+        """`claim` are the digests of the Idempotency-Key and of the request that came with it."""
         super().__init__(stream_id, memory)
+        self.claim = claim
         self.id = stream_id
         # Made once: they are sent with every append.
         self.state_key = state_key(stream_id).encode()
@@ -132,7 +132,16 @@ class RedisLog(MemoryLog):
 class Mirror:
     """Takes this process's streams to Redis. `run` is one task's; everything else returns at once, or says so."""
 
-    def __init__(self, client: Redis, producer: Producer, *, tick_s: float, lease_s: float, retention_s: float) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        producer: Producer,
+        *,
+        tick_s: float,
+        lease_s: float,
+        retention_s: float,
+        stream_s: float = 3600.0,
+    ) -> None:
         self.token = secrets.token_urlsafe(12)
         """Names this process, as producer and as reader."""
         self._client = client
@@ -142,6 +151,9 @@ class Mirror:
         self._lease_ms = round(lease_s * 1000)
         # Who is a lease behind still finds how the stream ended.
         self._keep_ms = round((retention_s + lease_s) * 1000)
+        self._interval_s = interval_s(lease_s)
+        self._claim_ms = self._keep_ms + round(stream_s * 1000)
+        self._steady_since = 0.0
         self._logs: dict[str, RedisLog] = {}
         self._behind: dict[RedisLog, None] = {}
         self._elsewhere: set[RedisLog] = set()
@@ -154,11 +166,12 @@ class Mirror:
         self._create = client.register_script(scripts.CREATE)
         self._renew = client.register_script(scripts.RENEW)
         self._claim = client.register_script(scripts.CLAIM)
+        self._withdraw = client.register_script(scripts.WITHDRAW)
         self._ask = client.register_script(scripts.STOP_ASKED)
 
-    def log(self, stream_id: str, memory: ReplayMemory) -> RedisLog:
+    def log(self, stream_id: str, memory: ReplayMemory, claim: tuple[str, str] | None = None) -> RedisLog:
         """The log of a new stream, which Redis knows of with the next tick."""
-        log = self._logs[stream_id] = RedisLog(stream_id, memory, self)
+        log = self._logs[stream_id] = RedisLog(stream_id, memory, self, claim)
         self.note(log)
         return log
 
@@ -210,24 +223,38 @@ class Mirror:
     async def claim(self, digest: str, stream_id: str, request: str) -> tuple[str, str]:
         """Gives an Idempotency-Key to a stream that is to be, unless one has it: that one, and its request's digest.
 
-        Raises RedisError. Where it is cancelled nobody knows; `withdraw` then.
+        Raises RedisError. Where no answer came or it is cancelled nobody knows; `withdraw` then.
         """
         stream, asked = await self._claim(
-            keys=[claim_key(digest), state_key(stream_id)],
+            keys=[claim_key(digest), state_key(stream_id), withdrawn_key(stream_id)],
             args=[
                 # Every id that a claim in this bucket can name lies in the same bucket.
                 entries_key(stream_id).removesuffix(stream_id),
                 *(stream_id, request, self.token, self._lease_ms, self._keep_ms),
-                *(self._keep_ms + 3_600_000, round(time.time() * 1000)),
+                *(self._claim_ms, round(time.time() * 1000)),
             ],
         )
         return stream.decode(), asked.decode()
 
-    async def withdraw(self, stream_id: str, digest: str | None) -> None:
-        """Forgets a stream that nobody was told of, and its claim. Redis may be away: then they expire."""
-        keys = [state_key(stream_id), entries_key(stream_id)] + ([claim_key(digest)] if digest else [])
-        with contextlib.suppress(exceptions.RedisError):
-            await self._client.delete(*keys)
+    async def withdraw(self, stream_id: str, digest: str | None, *, on_its_way: bool = False) -> None:
+        """Forgets a stream that nobody was told of, and its claim, also one that is `on_its_way`.
+
+        Tries for as long as Redis would keep them.
+        """
+        keys = [state_key(stream_id), entries_key(stream_id), withdrawn_key(stream_id)]
+        until = time.monotonic() + self._keep_ms / 1000
+        failures = 0
+        while time.monotonic() < until:
+            try:
+                await self._withdraw(
+                    keys=keys + ([claim_key(digest)] if digest else []),
+                    args=[stream_id, _WITHDRAWN_MS if on_its_way else 0],
+                )
+            except (exceptions.RedisError, OSError):
+                failures += 1
+                await asyncio.sleep(backoff_s(failures))
+            else:
+                return
 
     async def find(self, stream_id: str) -> Found | None:
         """What Redis knows of a stream, whoever generates it; None if nothing. Raises RedisError."""
@@ -245,6 +272,7 @@ class Mirror:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._append_for_ever(), name="shared log: append")
             tasks.create_task(self._renew_for_ever(), name="shared log: leases")
+            tasks.create_task(self._watch_clock(), name="shared log: clock")
 
     # --- appending --------------------------------------------------------------------------------------------
 
@@ -252,30 +280,49 @@ class Mirror:
         failures = 0
         while True:
             if not self._behind:
+                self._well("append")
+                failures = 0
                 self._work.clear()
                 self._tell_settled()
                 await self._work.wait()
             await asyncio.sleep(self._tick_s if not failures else backoff_s(failures))
-            failures = 0 if await self._reach("append", self._append_some) else failures + 1
+            failures = 0 if await self._reach("append", self._append_all) else failures + 1
 
-    async def _append_some(self) -> None:
-        batch = list(islice(self._behind, _BATCH))
-        if unknown := [log for log in batch if not log.known]:
-            created = [round(log.created_at * 1000) for log in unknown]
-            await self._create(
-                keys=[log.state_key for log in unknown],
-                args=[self.token, self._lease_ms, self._keep_ms, *created],
-            )
-            for log in unknown:
-                log.known = True
-            self._created.set()
-            self._created = asyncio.Event()
+    async def _append_all(self) -> None:
+        """What is new at the beginning, of each stream at most one group."""
+        logs = list(self._behind)
+        while logs:
+            if unknown := [log for log in logs[:_BATCH] if not log.known]:
+                await self._make_known(unknown)
+            del logs[: await self._append_some(logs[:_BATCH])]
+
+    async def _make_known(self, logs: list[RedisLog]) -> None:
+        args: list[Any] = [self.token, self._lease_ms, self._keep_ms, self._claim_ms]
+        for log in logs:
+            args += (log.id, int(log.created_at * 1000), log.claim[1] if log.claim else "")
+        said = await self._create(
+            keys=[
+                key
+                for log in logs
+                for key in (log.state_key, log.entries_key, claim_key(log.claim[0]) if log.claim else log.state_key)
+            ],
+            args=args,
+        )
+        for log, ours in zip(logs, said, strict=True):
+            log.known = bool(ours)
+        self._created.set()
+        self._created = asyncio.Event()
+        await self._give_up([log for log, ours in zip(logs, said, strict=True) if not ours])
+
+    async def _append_some(self, logs: list[RedisLog]) -> int:
+        """How many of these were dealt with."""
         keys: list[bytes] = []
         args: list[Any] = [self.token, self._keep_ms]
         groups: list[tuple[RedisLog, int, int]] = []
-        size = 0
-        for log in batch:
-            if log.gone:
+        size = count = 0
+        for log in logs:
+            count += 1
+            if log.gone or not log.known:
                 continue
             frames = log.read(log.kept)
             if not frames:
@@ -290,7 +337,7 @@ class Mirror:
             if size > _BATCH_BYTES:
                 break
         if not groups:
-            return
+            return count
         said = await self._append(keys=keys, args=args)
         lost = []
         for (log, kept, last_seq), code in zip(groups, said, strict=True):
@@ -306,6 +353,7 @@ class Mirror:
             if self._heed(log, code):
                 lost.append(log)
         await self._give_up(lost)
+        return count
 
     def _keep(self, log: RedisLog) -> None:
         """Notes whether there is more for Redis."""
@@ -321,8 +369,9 @@ class Mirror:
         if code == scripts.STOP:
             self._producer.stop_asked(log.id)
         elif code == scripts.MISSING:
-            if log.suspect:
+            if log.suspect or self._stood_still:
                 return True
+            self._steady_since = time.monotonic()
             # Redis was emptied. It gets everything again, from here.
             log.known = False
             log.kept = log.kept_seq = 0
@@ -354,19 +403,26 @@ class Mirror:
         while True:
             # A stream that waits for readers elsewhere goes on when it hears of them.
             await asyncio.sleep(2 * self._tick_s if not failures else backoff_s(failures))
-            self._look_at_clock()
-            if self._awake >= due:
-                due = self._awake + self._lease_s / RENEWALS
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._interval_s
                 logs: Iterable[RedisLog] = self._logs.values()
             else:
                 logs = (log for log in self._elsewhere if self._producer.held_back(log.id))
             if some := [log for log in logs if log.known]:
+                begun = time.monotonic()
                 reached = await self._reach("renew", lambda logs=some: self._renew_all(logs))  # type: ignore[misc]
                 failures = 0 if reached else failures + 1
+                if not reached or time.monotonic() - begun > PROMPT_S:
+                    self._steady_since = time.monotonic()
+            elif not self._logs:
+                self._well("renew")
+                failures = 0
 
     async def _renew_all(self, logs: list[RedisLog]) -> None:
         for at in range(0, len(logs), _BATCH):
             some = logs[at : at + _BATCH]
+            # Where Redis was away or emptied, readers had no chance to say that they are there.
+            steady = time.monotonic() - self._steady_since > self._lease_s
             said = await self._renew(
                 keys=[key for log in some for key in (log.state_key, log.entries_key, log.readers_key)],
                 args=[self.token, self._lease_ms, self._keep_ms],
@@ -377,7 +433,7 @@ class Mirror:
                     continue
                 if self._heed(log, code):
                     lost.append(log)
-                elif instances or log.read_elsewhere:
+                elif instances or (log.read_elsewhere and code in {scripts.OK, scripts.STOP} and steady):
                     log.read_elsewhere = instances > 0
                     (self._elsewhere.add if instances else self._elsewhere.discard)(log)
                     self._producer.read_elsewhere(log.id, instances, min(position, log.tail))
@@ -385,15 +441,21 @@ class Mirror:
 
     # --- trouble ----------------------------------------------------------------------------------------------
 
-    def _look_at_clock(self) -> None:
-        before, self._awake = self._awake, time.monotonic()
-        if self._awake - before > max(_AWAY_S, self._lease_s):
-            for log in self._logs.values():
-                log.suspect = True
+    @property
+    def _stood_still(self) -> bool:
+        return time.monotonic() - self._awake > max(_AWAY_S, self._lease_s)
+
+    async def _watch_clock(self) -> None:
+        """Notes when it was this process that stood still, and not Redis: others may have given up its streams."""
+        while True:
+            self._awake = time.monotonic()
+            await asyncio.sleep(_CLOCK_S)
+            if self._stood_still:
+                for log in self._logs.values():
+                    log.suspect = True
 
     async def _reach(self, what: str, work: Callable[[], Awaitable[None]]) -> bool:
         """Whether Redis did the work; if not, `trouble` says why."""
-        self._look_at_clock()
         try:
             await work()
         except Exception as error:
@@ -404,40 +466,20 @@ class Mirror:
             self._troubles[what] = trouble
             if isinstance(error, exceptions.ReadOnlyError):
                 # It was replaced by another, to which its address leads by now.
-                await self._client.connection_pool.disconnect()
+                with contextlib.suppress(Exception):
+                    await self._client.connection_pool.disconnect(inuse_connections=False)
             return False
-        finally:
-            self._look_at_clock()
-        if self._troubles.pop(what, None) is not None and not self._troubles:
-            _log.info("shared log is back")
+        self._well(what)
         return True
 
-
-def backoff_s(failures: int) -> float:
-    """How long to wait after so many failures in a row."""
-    longest: float = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures - 1, 10))
-    return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret
+    def _well(self, what: str) -> None:
+        if self._troubles.pop(what, None) is not None and not self._troubles:
+            _log.info("shared log is back")
 
 
-def in_words(error: BaseException) -> str:
-    """What is the matter with Redis, for operators; nothing of what was sent to it."""
-    match error:
-        case _ if not isinstance(error, exceptions.RedisError | OSError):  # TimeoutError is an OSError
-            _log.error("shared log failed", exc_info=error)
-            return "the shared log's client failed; the log tells how"
-        case exceptions.OutOfMemoryError():
-            return "the shared log is full (maxmemory)"
-        case exceptions.ReadOnlyError():
-            return "the shared log is read-only"
-        case exceptions.BusyLoadingError():
-            return "the shared log is still loading its data"
-        case exceptions.AuthenticationError() | exceptions.NoPermissionError():
-            return "the shared log refuses our user or password"
-        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
-            return "the shared log does not answer"
-    # Redis begins its errors with a word in capitals; the rest may repeat what it was sent.
-    word = str(error).partition(" ")[0]
-    return f"the shared log refuses what it is asked ({word if word.isupper() and word.isalpha() else 'ERR'})"
+def interval_s(lease_s: float) -> float:
+    """Seconds between two renewals, and between two looks at what others renew."""
+    return min(lease_s / _RENEWALS, _LONGEST_INTERVAL_S)
 
 
 def last_seq_of(frames: bytes) -> int:

@@ -29,6 +29,16 @@ def readers_key(stream_id: str) -> str:
     return entries_key(stream_id) + ":readers"
 
 
+def withdrawn_key(stream_id: str) -> str:
+    """That a claim for the stream, should it still come, is too late."""
+    return entries_key(stream_id) + ":withdrawn"
+
+
+def instance_key(token: str) -> str:
+    """That Redis was not emptied since the instance was there."""
+    return f"{PREFIX}instance:{token}"
+
+
 def claim_key(digest: str) -> str:
     """An Idempotency-Key, by a digest in base64url."""
     return f"{PREFIX}{{{digest[0]}}}:key:{digest}"
@@ -51,13 +61,24 @@ CREATE = (
     "#!lua\n"
     + _NOW
     + """
--- KEYS: state of each stream. ARGV: token, lease ms, keep ms; of each stream when it was created.
-for i, state in ipairs(KEYS) do
+-- KEYS: state, entries and claim of each stream (its state again, if it has none). ARGV: token, lease ms, keep ms, for
+-- how many ms claims hold; of each stream its id, when it was created, and the digest of its request, empty without a
+-- claim. Returns of each stream whether it is the producer's.
+local said = {}
+for i = 1, #KEYS, 3 do
+  local state, entries, claim = KEYS[i], KEYS[i + 1], KEYS[i + 2]
   if redis.call('HSETNX', state, 'owner', ARGV[1]) == 1 then
-    redis.call('HSET', state, 'last', 0, 'until', now + ARGV[2], 'created', ARGV[3 + i])
+    redis.call('DEL', entries)
+    redis.call('HSET', state, 'last', 0, 'until', now + ARGV[2], 'created', ARGV[i + 5])
     redis.call('PEXPIRE', state, ARGV[3])
+    if ARGV[i + 6] ~= '' then
+      redis.call('HSET', claim, 'stream', ARGV[i + 4], 'digest', ARGV[i + 6])
+      redis.call('PEXPIRE', claim, ARGV[4])
+    end
   end
+  said[(i + 2) / 3] = redis.call('HGET', state, 'owner') == ARGV[1] and 1 or 0
 end
+return said
 """
 )
 
@@ -78,8 +99,11 @@ for i = 1, #KEYS / 2 do
     said[i] = 3
   elseif known[2] or known[3] ~= before then
     said[i] = -known[3] - 1
+  elseif redis.pcall('XADD', entries, last .. '-0', 'p', before, 'f', ARGV[at + 3]).err then
+    -- What stands there fits to nothing: its producer says everything again. The others' appends are not held up.
+    redis.call('DEL', state, entries)
+    said[i] = 2
   else
-    redis.call('XADD', entries, last .. '-0', 'p', before, 'f', ARGV[at + 3])
     redis.call('HSET', state, 'last', last)
     if ends == '1' then
       redis.call('HSET', state, 'closed', ARGV[1], 'ended', now)
@@ -155,8 +179,8 @@ BURY = (
     + _NOW
     + """
 -- KEYS: state and entries. ARGV: number of the last frame, that of the `end`, the frames, keep ms, latest time.
--- Ends a stream whose lease has lapsed, once; 1 where it did. It does nothing late: a Redis that stood still would
--- otherwise run what was sent before ahead of what renews the lease.
+-- Ends a stream whose lease has lapsed, once; 1 where it did. The end may lie further ahead than the last frame says.
+-- It does nothing late: a Redis that stood still would otherwise run what was sent before ahead of what renews.
 local known = redis.call('HMGET', KEYS[1], 'until', 'last', 'closed')
 if not known[1] or known[3] or known[2] ~= ARGV[1] or tonumber(known[1]) > now or now > tonumber(ARGV[5]) then
   return 0
@@ -183,9 +207,10 @@ CLAIM = (
     "#!lua\n"
     + _NOW
     + """
--- KEYS: the claim, the state of the stream that would be. ARGV: what a stream's entries are called without its id, its
--- id, a digest of the request, token, lease ms, keep ms, ms for which the claim holds, when created.
--- Returns the stream that has the claim, and the digest of its request.
+-- KEYS: the claim, the state of the stream that would be, what says that it is withdrawn. ARGV: what a stream's entries
+-- are called without its id, its id, a digest of the request, token, lease ms, keep ms, ms for which the claim holds,
+-- when created. Returns the stream that has the claim, and the digest of its request.
+if redis.call('EXISTS', KEYS[3]) == 1 then return redis.error_reply('WITHDRAWN') end
 local held = redis.call('HMGET', KEYS[1], 'stream', 'digest')
 if held[1] and redis.call('EXISTS', ARGV[1] .. held[1] .. ':state') == 1 then return held end
 redis.call('HSET', KEYS[1], 'stream', ARGV[2], 'digest', ARGV[3])
@@ -193,5 +218,16 @@ redis.call('PEXPIRE', KEYS[1], ARGV[7])
 redis.call('HSET', KEYS[2], 'owner', ARGV[4], 'last', 0, 'until', now + ARGV[5], 'created', ARGV[8])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])
 return {ARGV[2], ARGV[3]}
+"""
+)
+
+WITHDRAW = (
+    _SMALL
+    + """
+-- KEYS: state and entries, what says that the stream is withdrawn, the claim if it has one. ARGV: its id; for how many
+-- ms a claim that is still on its way is refused, 0 if none is. Forgets the stream, and its claim but no other's.
+redis.call('DEL', KEYS[1], KEYS[2])
+if tonumber(ARGV[2]) > 0 then redis.call('SET', KEYS[3], 1, 'PX', ARGV[2]) end
+if KEYS[4] and redis.call('HGET', KEYS[4], 'stream') == ARGV[1] then redis.call('DEL', KEYS[4]) end
 """
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,10 +16,13 @@ import structlog
 from redis import exceptions
 
 from aisse.replay import scripts
-from aisse.replay.redis import RENEWALS, backoff_s, in_words, last_seq_of
-from aisse.replay.scripts import entries_key, readers_key, state_key
+from aisse.replay.connection import PROMPT_S, backoff_s, in_words
+from aisse.replay.redis import interval_s, last_seq_of
+from aisse.replay.scripts import entries_key, instance_key, readers_key, state_key
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from redis.asyncio import Redis
 
     from aisse.replay.memory import Log
@@ -32,8 +36,8 @@ _PAGE = 16
 BLOCK_S = 1.0
 _UNBLOCK_AGAIN_S = 0.005
 
-# A look at the leases that took longer than this says nothing: Redis may have stood still, and leases lapsed with it.
-_PROMPT_S = 1.0
+# At most so many streams in one call while there is much to catch up on, so that its reply stays small.
+_SLICE = 64
 
 _BATCH = 256
 
@@ -48,6 +52,10 @@ class Follower(Protocol):
 
     id: str
     log: Log
+
+    @property
+    def reason(self) -> object:
+        """Why it ended; None while it runs."""
 
     @property
     def furthest(self) -> int:
@@ -103,7 +111,7 @@ class Tailer:
         self._tick_s = tick_s
         self._lease_s = lease_s
         self._lease_ms = round(lease_s * 1000)
-        self._interval_s = lease_s / RENEWALS
+        self._interval_s = interval_s(lease_s)
         self._keep_ms = round((retention_s + lease_s) * 1000)
         self._report_bytes = read_ahead_bytes // 4
         self._followed: dict[bytes, _Followed] = {}
@@ -116,6 +124,9 @@ class Tailer:
         self._steady_since = time.monotonic()
         self._attended = time.monotonic()
         self._troubles: dict[str, str] = {}
+        self._marker = instance_key(instance)
+        self._marked = False
+        self._doubtful_since = -math.inf
 
     @property
     def trouble(self) -> str | None:
@@ -133,7 +144,7 @@ class Tailer:
             entries: Any = await self._client.xrange(entries_key(stream.id), f"({stream.log.last_seq}-0", count=_PAGE)
             for _, fields in entries:
                 self._deliver(stream, fields)
-            if len(entries) < _PAGE:
+            if len(entries) < _PAGE or stream.reason is not None:
                 return
 
     async def follow(self, stream: Follower) -> None:
@@ -166,6 +177,10 @@ class Tailer:
             async with asyncio.timeout(_LEAVE_S):
                 await self._look_after_all([])
 
+    def reconnected(self) -> None:
+        """The connection that waits is a new one, and has another id."""
+        self._blocking_id = None
+
     async def run(self) -> None:
         """Follows and watches until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -179,20 +194,25 @@ class Tailer:
         failures = 0
         while True:
             if not self._followed:
+                self._well("tail")
+                failures = 0
                 self._work.clear()
                 await self._work.wait()
             begun = loop.time()
             try:
+                if failures:
+                    await self._catch_up()
                 await self._tail_once()
             except Exception as error:
                 # Whatever it is must not end the task for ever, and with it all that others generate.
                 self._troubles["tail"] = in_words(error)
                 self._blocking_id = None
-                await self._blocking.connection_pool.disconnect()
+                with contextlib.suppress(Exception):
+                    await self._blocking.connection_pool.disconnect()
                 failures += 1
                 await asyncio.sleep(backoff_s(failures))
                 continue
-            self._troubles.pop("tail", None)
+            self._well("tail")
             failures = 0
             await asyncio.sleep(max(0.0, begun + self._tick_s - loop.time()))
 
@@ -200,13 +220,26 @@ class Tailer:
         if self._blocking_id is None:
             self._blocking_id = await self._blocking.client_id()
         self._round += 1
-        after: dict[Any, Any] = {
-            key: b"%d-0" % followed.stream.log.last_seq for key, followed in self._followed.items()
-        }
         try:
-            came: Any = await self._blocking.xread(after, count=_ENTRIES, block=round(BLOCK_S * 1000))
+            came = await self._blocking.xread(self._after(self._followed), count=_ENTRIES, block=round(BLOCK_S * 1000))
         finally:
             self._round += 1
+        self._take(came)
+
+    async def _catch_up(self) -> None:
+        """Some streams at a time, without waiting for any: there may be much of each."""
+        keys = list(self._followed)
+        for at in range(0, len(keys), _SLICE):
+            while after := self._after(key for key in keys[at : at + _SLICE] if key in self._followed):
+                if not (came := await self._blocking.xread(after, count=_ENTRIES)):
+                    break
+                self._take(came)
+                await asyncio.sleep(0)
+
+    def _after(self, keys: Iterable[bytes]) -> dict[Any, Any]:
+        return {key: b"%d-0" % self._followed[key].stream.log.last_seq for key in keys}
+
+    def _take(self, came: Any) -> None:
         for key, entries in came:
             for _, fields in entries:
                 if (followed := self._followed.get(key)) is not None:
@@ -219,7 +252,9 @@ class Tailer:
             return
         if before < stream.log.last_seq:
             # Redis was emptied and given everything again, cut in other places.
-            _, _, frames = frames.partition(b"\nid: %b.%d\n\n" % (stream.id.encode(), stream.log.last_seq))
+            _, _, rest = frames.partition(b"\nid: %b.%d\n\n" % (stream.id.encode(), stream.log.last_seq))
+            # Or the end of a lost producer, which Redis had got less of than this process.
+            frames = rest or (frames if is_end(frames) else b"")
         if before > stream.log.last_seq or not frames:
             _log.error("shared log has a hole", stream_id=stream.id[:8])
             self._followed.pop(entries_key(stream.id).encode(), None)
@@ -241,6 +276,7 @@ class Tailer:
             try:
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._interval_s
+                    await self.mark()
                     await self._look_after_all(list(self._followed.values()))
                 elif some := [each for each in self._followed.values() if self._has_news(each)]:
                     await self._look_after_all(some)
@@ -248,7 +284,7 @@ class Tailer:
                 self._troubles["attend"] = in_words(error)
                 failures += 1
             else:
-                self._troubles.pop("attend", None)
+                self._well("attend")
                 failures = 0
 
     async def _look_after_all(self, some: list[_Followed]) -> None:
@@ -257,6 +293,22 @@ class Tailer:
         some = some + list(leaving.values())
         for at in range(0, max(1, len(some)), _BATCH):
             await self._look_after(some[at : at + _BATCH])
+
+    async def mark(self) -> None:
+        """Notes whether Redis was emptied: who generates needs a moment to say everything again. Raises RedisError."""
+        if not await self._client.pexpire(self._marker, self._keep_ms):
+            if self._marked:
+                self._doubtful_since = self._steady_since = time.monotonic()
+            with contextlib.suppress(exceptions.ResponseError):  # it is full
+                self._marked = bool(await self._client.set(self._marker, 1, px=self._keep_ms))
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether Redis may not have everything at the moment that the instances do."""
+        return time.monotonic() - self._doubtful_since < self._lease_s
+
+    def _well(self, what: str) -> None:
+        self._troubles.pop(what, None)
 
     def _has_news(self, followed: _Followed) -> bool:
         return followed.stream.furthest - followed.told >= self._report_bytes
@@ -268,7 +320,7 @@ class Tailer:
             here = self._followed.get(each.entries.encode()) is each
             args += (int(here and (about_to_be_read or each.stream.readers > 0)), position)
         begun = time.monotonic()
-        if begun - self._attended > max(self._lease_s, _PROMPT_S):
+        if begun - self._attended > max(self._lease_s, PROMPT_S):
             self._steady_since = begun  # it was we who stood still
         answered = False
         try:
@@ -278,8 +330,8 @@ class Tailer:
             answered = True
         finally:
             self._attended = time.monotonic()
-            if not answered or self._attended - begun > _PROMPT_S:
-                self._steady_since = self._attended
+            if not answered or self._attended - begun > PROMPT_S:
+                self._doubtful_since = self._steady_since = self._attended
         # Where Redis was away, who generates had no chance to renew: they get the time of a lease for it.
         trusted = self._attended - self._steady_since >= self._lease_s
         for each, position, left_ms, last_seq, ended in zip(
@@ -298,9 +350,10 @@ class Tailer:
             if each.lapsed_since is None:
                 each.lapsed_since = begun
             # Seen twice, with a renewal's time in between: Redis's clock may have been set.
-            if begun - each.lapsed_since >= self._interval_s * 0.9 and last_seq == each.stream.log.last_seq:
+            # Redis may have less than this process, if it was replaced or emptied; what it has more of comes first.
+            if begun - each.lapsed_since >= self._interval_s * 0.9 and last_seq <= each.stream.log.last_seq:
                 frames, end_seq = each.stream.burial()
-                args = [last_seq, end_seq, frames, self._keep_ms, now_ms + round(_PROMPT_S * 1000)]
+                args = [last_seq, end_seq, frames, self._keep_ms, now_ms + round(PROMPT_S * 1000)]
                 if await self._bury(keys=[each.state, each.entries], args=args):
                     _log.warning("producer lost", stream_id=each.stream.id[:8])
 
@@ -308,7 +361,7 @@ class Tailer:
         """Redis does not know the stream: it was emptied. Who generates has the time of a lease to say it again."""
         if followed.missing_since is None:
             followed.missing_since = time.monotonic()
-        elif time.monotonic() - followed.missing_since >= self._lease_s:
+        elif time.monotonic() - max(followed.missing_since, self._steady_since) >= self._lease_s:
             self._followed.pop(followed.entries.encode(), None)
             followed.stream.conclude(*followed.stream.burial())
 

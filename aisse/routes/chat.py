@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from aiohttp import hdrs, web
 
-from aisse.errors import RequestError
+from aisse.errors import RequestError, UnknownStreamError
 from aisse.reader import Reader, StreamResponse, turn_away
 from aisse.routes.access import Access
 from aisse.routes.question import read_body, upstream_body
@@ -125,7 +125,7 @@ def stream_in(request: web.Request) -> str:
     """The id in the path of `request`. Raises RequestError (404) for other text, which must not get into headers."""
     stream_id = request.match_info["stream"]
     if re.fullmatch(_ID, stream_id) is None:
-        raise RequestError(404, "not_found_error", "there is no such stream; its id is not one of this server's")
+        raise UnknownStreamError
     return stream_id
 
 
