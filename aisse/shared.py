@@ -374,12 +374,11 @@ def _tell_end(task: asyncio.Task[None]) -> None:
         _log.error("shared log failed", exc_info=error)
 
 
-def new_id(first: str | None = None) -> str:
-    """A stream's id: 128 random bits; `first` is its first character, and so its bucket."""
+def new_id(first: str) -> str:
+    """A stream's id that begins with `first`, which is its bucket; the rest is as random as any."""
     while True:
-        # Whoever has the id may read the stream, nobody may guess it.
         stream_id = secrets.token_urlsafe(16)
-        if first is None or stream_id[0] == first:
+        if stream_id[0] == first:
             return stream_id
 
 

@@ -133,11 +133,6 @@ class Tailer:
         """Why nothing comes from Redis, in words; None while it can."""
         return next(iter(self._troubles.values()), None)
 
-    @property
-    def following(self) -> int:
-        """How many streams are followed."""
-        return len(self._followed)
-
     async def load(self, stream: Follower) -> None:
         """Brings a stream up to what Redis has of it. Raises RedisError."""
         while True:
