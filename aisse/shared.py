@@ -177,6 +177,7 @@ class Shared:
         try:
             version = (await self._client.info("server"))["redis_version"]
             memory = await self._client.info("memory")
+            await self._tailer.mark()
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             if (wrong := wrong_url(error)) is not None:
                 await self._client.aclose()

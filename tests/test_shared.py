@@ -753,3 +753,20 @@ async def test_connection_that_was_replaced_costs_nobody_a_wait(redis: Redis) ->
         second = await f.ask(0, "[[tokens=3]]")
         assert reason(await f.read(1, second)) == "complete"
         await both_whole(f, path, first)
+
+
+async def test_instance_closes_also_where_a_cancellation_is_swallowed(redis: Redis) -> None:
+    """As redis-py does at times: a loop without end would go on, and whoever closes wait for ever."""
+
+    async def swallow(*_: Any) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    async with asyncio.timeout(9):
+        async with fleet(redis.url, count=1) as f:
+            shared = f.instances[0].registry._shared
+            assert shared is not None
+            shared._tailer._look_after_all = swallow  # type: ignore[method-assign]
+            shared._mirror._renew_all = swallow  # type: ignore[method-assign]
+            await f.ask(0, "[[tokens=500 pace=50]]")
+            await asyncio.sleep(0.5)

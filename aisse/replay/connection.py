@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from typing import Any
@@ -63,6 +64,16 @@ def wrong_url(error: BaseException) -> str | None:
                 return "Redis wants a password; put it into the URL, and that into AISSE_LOG"
             return f"Redis refuses us ({re.sub(r'[^A-Z]', '', word) or 'ERR'})"
     return None
+
+
+def heed_cancellation() -> None:
+    """Raises CancelledError where this task was cancelled in a call that did not pass that on, as redis-py's may not.
+
+    For loops without end: theirs would have none, and whoever awaits them waited for ever.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def backoff_s(failures: int) -> float:

@@ -17,7 +17,7 @@ import structlog
 from redis import exceptions
 
 from aisse.replay import scripts
-from aisse.replay.connection import PROMPT_S, backoff_s, in_words
+from aisse.replay.connection import PROMPT_S, backoff_s, heed_cancellation, in_words
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.scripts import claim_key, entries_key, readers_key, state_key, withdrawn_key
 
@@ -245,6 +245,7 @@ class Mirror:
         until = time.monotonic() + self._keep_ms / 1000
         failures = 0
         while time.monotonic() < until:
+            heed_cancellation()
             try:
                 await self._withdraw(
                     keys=keys + ([claim_key(digest)] if digest else []),
@@ -279,6 +280,7 @@ class Mirror:
     async def _append_for_ever(self) -> None:
         failures = 0
         while True:
+            heed_cancellation()
             if not self._behind:
                 self._well("append")
                 failures = 0
@@ -401,6 +403,7 @@ class Mirror:
         failures = 0
         due = 0.0
         while True:
+            heed_cancellation()
             # A stream that waits for readers elsewhere goes on when it hears of them.
             await asyncio.sleep(2 * self._tick_s if not failures else backoff_s(failures))
             if time.monotonic() >= due:

@@ -16,7 +16,7 @@ import structlog
 from redis import exceptions
 
 from aisse.replay import scripts
-from aisse.replay.connection import PROMPT_S, backoff_s, in_words
+from aisse.replay.connection import PROMPT_S, backoff_s, heed_cancellation, in_words
 from aisse.replay.redis import interval_s, last_seq_of
 from aisse.replay.scripts import entries_key, instance_key, readers_key, state_key
 
@@ -188,6 +188,7 @@ class Tailer:
         loop = asyncio.get_running_loop()
         failures = 0
         while True:
+            heed_cancellation()
             if not self._followed:
                 self._well("tail")
                 failures = 0
@@ -267,6 +268,7 @@ class Tailer:
         failures = 0
         due = 0.0
         while True:
+            heed_cancellation()
             await asyncio.sleep(2 * self._tick_s if not failures else backoff_s(failures))
             try:
                 if time.monotonic() >= due:

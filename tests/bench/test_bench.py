@@ -69,8 +69,8 @@ def test_quick_run_verifies_tokens_of_every_part(outcomes: dict[str, Outcome]) -
 
 def test_quick_run_reads_every_token_again(outcomes: dict[str, Outcome]) -> None:
     """Of a finished and of a running answer, from the middle and from the beginning; kept answers were counted."""
-    resumed, scale = outcomes["resume"].record["resume"]["aisse"], outcomes["resume"].record["scale"]
     assert outcomes["resume"].code == 0, outcomes["resume"].progress
+    resumed, scale = outcomes["resume"].record["resume"]["aisse"], outcomes["resume"].record["scale"]
     for name, beside in (("finished", 6), ("running", 2)):  # events that are no tokens
         replay = resumed[name]
         assert (replay["wrong"], replay["whole_frames"]) == (0, scale["replay_events"] + beside)
