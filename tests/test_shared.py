@@ -755,7 +755,9 @@ async def test_connection_that_was_replaced_costs_nobody_a_wait(redis: Redis) ->
         await both_whole(f, path, first)
 
 
-async def test_instance_closes_also_where_a_cancellation_is_swallowed(redis: Redis) -> None:
+async def test_instance_closes_also_where_a_cancellation_is_swallowed(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As redis-py does at times: a loop without end would go on, and whoever closes wait for ever."""
 
     async def swallow(*_: Any) -> None:
@@ -766,7 +768,7 @@ async def test_instance_closes_also_where_a_cancellation_is_swallowed(redis: Red
         async with fleet(redis.url, count=1) as f:
             shared = f.instances[0].registry._shared
             assert shared is not None
-            shared._tailer._look_after_all = swallow  # type: ignore[method-assign]
-            shared._mirror._renew_all = swallow  # type: ignore[method-assign]
+            monkeypatch.setattr(shared._tailer, "_look_after_all", swallow)
+            monkeypatch.setattr(shared._mirror, "_renew_all", swallow)
             await f.ask(0, "[[tokens=500 pace=50]]")
             await asyncio.sleep(0.5)
