@@ -35,7 +35,8 @@ def dechunked(wire: bytes) -> tuple[bytes, str]:
         if end < 0:
             return body, "broken" if b"\n" in wire[at:] else "open"
         digits = wire[at:end].partition(b";")[0].rstrip(b" \t")
-        hexadecimal = digits and len(digits) <= 8 and not digits.strip(b"0123456789abcdefABCDEF")
+        # Zeros in front count for nothing (chunk-size is 1*HEXDIG).
+        hexadecimal = digits and len(digits.lstrip(b"0")) <= 8 and not digits.strip(b"0123456789abcdefABCDEF")
         if not hexadecimal or b"\n" in wire[at:end] or b"\r" in wire[at:end]:
             return body, "broken"
         size, at = int(digits, 16), end + 2
