@@ -67,18 +67,37 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     async def shutdown(_app: web.Application) -> None:
         await drain.run()
 
-    app = web.Application(middlewares=[_drained(registry), _errors], client_max_size=settings.max_body_bytes)
+    api = (f"{settings.base_path}/api/", "/api/")
+    app = web.Application(middlewares=[_drained(registry, api), _errors], client_max_size=settings.max_body_bytes)
     app[REGISTRY] = registry
     app[DRAIN] = drain
-    app.add_routes(chat.routes(settings, registry, drain))
-    app.add_routes(operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started))
-    app.add_routes(pages.routes(page=settings.page))
-    for path in ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}", "/api/chat/{stream:[A-Za-z0-9_-]{22}}/stop"):
-        app.router.add_route("OPTIONS", path, _preflight)
-    app.on_response_prepare.append(_api_headers(settings.cors_origins))
+    routes = [
+        *chat.routes(settings, registry, drain),
+        *operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started),
+        *pages.routes(page=settings.page),
+    ]
+    asked_across = ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}", "/api/chat/{stream:[A-Za-z0-9_-]{22}}/stop")
+    routes += [web.options(path, _preflight) for path in asked_across]
+    app.add_routes(routes)
+    if settings.base_path:
+        app.add_routes(_below(settings.base_path, routes))
+    app.on_response_prepare.append(_api_headers(settings.cors_origins, api))
     app.on_shutdown.append(shutdown)
     app.cleanup_ctx.append(parts)
     return app
+
+
+def _below(base_path: str, routes: list[web.RouteDef]) -> list[web.RouteDef]:
+    """The same routes below `base_path`, for a proxy that leaves it; the path itself leads to the page."""
+
+    async def to_page(request: web.Request) -> web.Response:
+        query = request.rel_url.raw_query_string
+        url = f"{base_path}/?{query}" if query else f"{base_path}/"
+        # A redirect that browsers keep would outlive the setting.
+        return web.Response(status=308, headers={hdrs.LOCATION: url, hdrs.CACHE_CONTROL: "no-cache"})
+
+    below = [web.route(route.method, base_path + route.path, route.handler, **route.kwargs) for route in routes]
+    return [*below, web.get(base_path, to_page)]
 
 
 def _shared_log(settings: Settings) -> OpenShared | None:
@@ -228,16 +247,16 @@ def _check_limits(runner: web.AppRunner, settings: Settings) -> None:
         raise AssertionError("aiohttp did not take the limits that it was given")
 
 
-def _drained(registry: Registry) -> Middleware:
+def _drained(registry: Registry, api: tuple[str, ...]) -> Middleware:
     """Has a drain wait for the API's requests, and closes their connections with their answers meanwhile.
 
-    The next request goes elsewhere then. Not those of health: once the listener is closed, connections from before
-    alone can still tell how the drain goes.
+    The API's are those whose path begins with one of `api`. The next request goes elsewhere then. Not those of health:
+    once the listener is closed, connections from before alone can still tell how the drain goes.
     """
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not request.path.startswith("/api/"):
+        if not request.path.startswith(api):
             return await handler(request)
         with registry.answering():
             response = await handler(request)
@@ -291,11 +310,13 @@ def _answer_to(error: Exception, method: str) -> web.Response:
     return response
 
 
-def _api_headers(allowed: tuple[str, ...]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+def _api_headers(
+    allowed: tuple[str, ...], api: tuple[str, ...]
+) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
     """Keeps responses out of caches, and lets pages of the allowed origins read them and how a stream is found."""
 
     async def add(request: web.Request, response: web.StreamResponse) -> None:
-        if not request.path.startswith("/api/"):
+        if not request.path.startswith(api):
             return
         # A 404 or 204 without it may be kept (RFC 9111, section 4.2.2), and what it says is soon no longer true.
         response.headers.setdefault(hdrs.CACHE_CONTROL, "no-store")

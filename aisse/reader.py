@@ -48,13 +48,18 @@ BREAK_OFF_S = 1.0
 """How long a reader has to take `reconnect` before its body is broken off."""
 
 
+def stream_url(stream_id: str, settings: Settings) -> str:
+    """Where that stream is read and stopped, as clients reach it: below `base_path`."""
+    return f"{settings.base_path}/api/chat/{stream_id}"
+
+
 class StreamResponse(EventSourceResponse):
     """aiohttp-sse's response, without its ping task: nothing but a Reader may write here."""
 
     def __init__(self, stream_id: str, settings: Settings) -> None:
         super().__init__(allow_all_methods=True, send_timeout=settings.stall_s + _PEER_GRACE_S)
         self.headers[hdrs.CACHE_CONTROL] = "no-cache, no-transform"
-        self.headers[hdrs.CONTENT_LOCATION] = f"/api/chat/{stream_id}"
+        self.headers[hdrs.CONTENT_LOCATION] = stream_url(stream_id, settings)
         # Without it a client cannot know how much silence is too much.
         self.headers["Aisse-Heartbeat"] = f"{settings.heartbeat_s:g}"
 

@@ -55,6 +55,11 @@ Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0, le=86400 * 7, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400 * 7, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 30)]
+
+# What the first part of `base_path` must not be: a request without it would look like one with it.
+_OWN_PATHS = {"api", "health", "metrics", "v1", "vendor"}
+_OWN_FILES = (".js", ".mjs", ".ts", ".css", ".html")
+
 _TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 
 LeaseSeconds = Annotated[float, Field(ge=1, le=600, allow_inf_nan=False)]
@@ -78,6 +83,9 @@ class Settings(BaseModel):
     open: bool = _field(False, "allow anybody to start streams on an address beyond loopback")
     access_tokens: Secrets = _field((), "bearer tokens that may start streams, comma-separated; none: open to all")
     page: bool = _field(True, "serve the chat page at /; without it only its client, /aisse.js")
+    base_path: str = _field(
+        "", "path below which a proxy serves this, e.g. /llm; our URLs begin with it, requests may or may not"
+    )
     cors_origins: Names = _field((), "exact origins of other sites whose pages may call, e.g. https://app.example")
 
     upstream: str = _field(
@@ -131,6 +139,25 @@ class Settings(BaseModel):
     log_tick_s: TickSeconds = _field(0.02, "with a shared log: how long events are gathered before they go there")
     log_format: Literal["auto", "json", "console"] = _field("auto", "auto: console on a terminal, else json")
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe log line that is written")
+
+    @field_validator("base_path")
+    @classmethod
+    def _base_path(cls, value: str) -> str:
+        if value == "":
+            return value
+        # RFC 3986, section 2.3: the characters that nobody on the way writes in another way.
+        if re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is None:
+            raise ValueError(
+                "must be empty, or a path such as /llm, without a slash at its end, of A-Z a-z 0-9 . _ ~ - /"
+            )
+        first, *more = value[1:].split("/")
+        if {".", ".."} & {first, *more}:
+            raise ValueError("must have no `.` or `..` between its slashes")
+        if first in _OWN_PATHS or first.endswith(_OWN_FILES):
+            raise ValueError(
+                "must not begin as our own paths do: /api, /health, /metrics, /v1, /vendor, the name of a file"
+            )
+        return value
 
     @field_validator("upstream_key")
     @classmethod

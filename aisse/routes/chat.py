@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from aiohttp import hdrs, web
 
 from aisse.errors import RequestError, UnknownStreamError
-from aisse.reader import Reader, StreamResponse, turn_away
+from aisse.reader import Reader, StreamResponse, stream_url, turn_away
 from aisse.routes.access import Access
 from aisse.routes.question import read_body, upstream_body
 from aisse.stream import State
@@ -82,18 +82,18 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
                 await elsewhere(request, settings, drain)
             raise
         if wants_state:
-            return web.json_response(state_of(stream), headers=_location(stream.id))
+            return web.json_response(state_of(stream), headers=_location(stream.id, settings))
         seq = cursor_in(request) or 0
         compacted = request.query.get("compact") == "1"
         if stream.state is State.ENDED and seq == stream.log.last_seq:
             # The one answer on which a native EventSource stops for good.
-            return web.Response(status=204, headers=_location(stream.id))
+            return web.Response(status=204, headers=_location(stream.id, settings))
         return await read(request, stream, seq, compacted=compacted)
 
     async def stop(request: web.Request) -> web.Response:
         stream_id = stream_in(request)
         await registry.stop(stream_id)
-        return web.Response(status=204, headers=_location(stream_id))
+        return web.Response(status=204, headers=_location(stream_id, settings))
 
     async def read(request: web.Request, stream: Stream, seq: int, *, compacted: bool = False) -> web.StreamResponse:
         reader = Reader(stream, settings, seq, compacted=compacted)
@@ -106,11 +106,11 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
             await stream.answerable(settings.first_byte_commit_s)
             await registry.told(stream)
             stream.expect_reader(asyncio.get_running_loop().time() + _FIRST_READER_S)
-        url = f"/api/chat/{stream.id}"
+        url = stream_url(stream.id, settings)
         return web.json_response(
             {"id": stream.id, "url": url, "status": stream.state.value},
             status=202,
-            headers={hdrs.LOCATION: url} | _location(stream.id),
+            headers={hdrs.LOCATION: url} | _location(stream.id, settings),
         )
 
     return [
@@ -198,8 +198,8 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _location(stream_id: str) -> dict[str, str]:
-    return {hdrs.CONTENT_LOCATION: f"/api/chat/{stream_id}"}
+def _location(stream_id: str, settings: Settings) -> dict[str, str]:
+    return {hdrs.CONTENT_LOCATION: stream_url(stream_id, settings)}
 
 
 def _prefers_async(headers: CIMultiDictProxy[str]) -> bool:

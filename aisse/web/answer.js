@@ -1,7 +1,7 @@
 /** One question and its answer: what they look like, and the life of the connection behind them. */
 import { resumeChat, savedChat, streamChat } from "./aisse.js";
 import { markdown } from "./markdown.js";
-import { offline, request } from "./network.js";
+import { CHAT_URL, offline, request } from "./network.js";
 
 /** Longer pauses would try a person's patience; beside them is a button for now. */
 const MAX_DELAY_MS = 10_000;
@@ -189,6 +189,7 @@ export class Answer {
     this.element.ariaBusy = "true";
     this.element.querySelector("footer").hidden = true;
     const chat = (this.chat = start({
+      url: CHAT_URL,
       keep: this.#keep,
       headers,
       fetch: request,

@@ -254,7 +254,7 @@ window.addEventListener("pagehide", () => {
 });
 
 const named = { simulator: "the built-in simulator: scripted text, no model", local: "a small model on this machine" };
-fetch("/health")
+fetch("health")
   .then((response) => (response.ok ? response.json() : {}))
   .then((health) => {
     ({ upstream } = health);

@@ -3,7 +3,8 @@
  * be stored they last as long as the page. What is read back is as little trusted as what a model wrote.
  */
 
-const PREFIX = "aisse.";
+/** With the page's folder: other servers below paths of the same origin know nothing of what was asked here. */
+const PREFIX = `aisse.${new URL(".", location).pathname.slice(1)}`;
 const MOST = 50;
 /** Of one answer: browsers store 5 Mi characters, some half of that. */
 const MOST_CHARS = 2_400_000;

@@ -1,5 +1,8 @@
 /** The network as this page has it: one that can be switched off. */
 
+/** Beside this page, whatever path a proxy has put it below. */
+export const CHAT_URL = "api/chat";
+
 let cable = new AbortController();
 
 export const offline = () => cable.signal.aborted;
