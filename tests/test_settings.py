@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "replay_bytes": 512 << 20,
     "access_tokens": (),
     "cors_origins": (),
+    "base_path": "",
     "heartbeat_s": 15,
     "first_byte_commit_s": 5,
     "connect_s": 10,
@@ -118,6 +119,14 @@ def test_later_source_wins_and_is_named(tmp_path: Path, name: str) -> None:
         assert all(other == "default" for key, other in given.origins.items() if key != name)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["", "/llm", "/a/b/c", "/LLM", "/~me", "/a.b", "/.a", "/...", "/-_", "/apis", "/v11", "/llm/api", "/a/health"],
+)
+def test_base_path_is_taken_as_it_is(path: str) -> None:
+    assert load({}, {"AISSE_BASE_PATH": path}).settings.base_path == path
+
+
 def test_sources_complement_each_other(tmp_path: Path) -> None:
     file = toml(tmp_path, "port = 1\nstall_s = 1\nheartbeat_s = 1\n")
     loaded = load({"port": "3"}, {"AISSE_PORT": "2", "AISSE_STALL_S": "2"}, file)
@@ -183,6 +192,19 @@ WRONG_VALUES: list[tuple[str, str]] = [
     ),
     *(("cors_origins", value) for value in ("*", "null", "app.example", "https://a/", "https://a/b", "ftp://a")),
     *(("cors_origins", value) for value in ("https://a,*", "https://u@a", "HTTPS://A", "https://a:443")),
+    *(
+        ("base_path", value)
+        for value in ("/", "llm", "llm/", "/llm/", "//llm", "/a//b", "//", "/a/b/", " /llm", "/llm ")
+    ),
+    *(
+        ("base_path", value)
+        for value in ("/.", "/..", "/a/..", "/../a", "/a/./b", "/a%2Fb", "/a?b", "/a#b", "/a;b", "/é")
+    ),
+    *(
+        ("base_path", value)
+        for value in ("/{a}", "/a\\b", "/a\n", "/a:b", "http://a/llm", "/api", "/health", "/aisse.js")
+    ),
+    *(("base_path", value) for value in ("/api/chat", "/v1", "/v1/llm", "/metrics", "/vendor/x", "/style.css")),
     *(("model", value) for value in ("", "a b", "../a", "a\nb")),
     *(("models", value) for value in ("a/../b c!", "é")),
     *(("max_tokens", value) for value in ("0", "-1", "1.5", "x")),

@@ -13,13 +13,16 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trustme
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+Prefix = Literal["left", "taken off"]
+"""What becomes of /llm on the way to aisse."""
 
 CONFIGURATION = Path(__file__).parents[2] / "nginx"
 DEBIAN = Path("/usr/sbin/nginx")
@@ -53,6 +56,18 @@ http {{
     include conf.d/*.conf;
 }}
 """
+
+# A site of somebody's, with aisse below a path of it.
+_SITE = """
+server {{
+    listen {host}:{port} sndbuf=32k;
+    location / {{
+        return 200 "the site\\n";
+    }}
+    include path.conf;
+}}
+"""
+_LEFT = "proxy_pass http://127.0.0.1:3000;  # leaves /llm"
 
 _TWO_LINES = "listen 443 ssl sndbuf=32k; http2 on;"
 
@@ -114,8 +129,11 @@ def write(
     http2_directive: bool = False,
     workers: int = 1,
     instead: Mapping[str, str] | None = None,
+    prefix: Prefix | None = None,
 ) -> None:
     """Lays the configuration out in `folder` as it would lie in /etc/nginx.
+
+    With `prefix` it is path.conf in a site's server, before the first of `upstreams`, and what becomes of /llm.
 
     Changed is what its comments tell operators to change, and no more: the instances (`upstreams`), addresses to listen
     on, the certificate's paths, the folder of the logs, with `http2_directive` the line that turns HTTP/2 on, and what
@@ -126,6 +144,15 @@ def write(
     user = "user root;" if os.geteuid() == 0 else ""  # `folder` is its owner's alone
     (folder / "nginx.conf").write_text(_MAIN.format(workers=workers, user=user))
     instances = "\n    ".join(f"server {host}:{port} max_fails=0;" for host, port in upstreams)
+    if prefix is not None:
+        (host, port), *_ = upstreams
+        text = (CONFIGURATION / "path.conf").read_text()
+        if prefix == "taken off":
+            text = _replaced(text, _LEFT, _LEFT.replace("3000;", "3000/;"))
+        text = text.replace("127.0.0.1:3000", f"{host}:{port}").replace("/var/log/nginx/", f"{folder}/")
+        (folder / "path.conf").write_text(text)
+        (folder / "conf.d" / "site.conf").write_text(_SITE.format(host=plain[0], port=plain[1]))
+        return
     text = (CONFIGURATION / "aisse.conf").read_text()
     text = _replaced(text, "server 127.0.0.1:3000 max_fails=0;", instances)
     text = _replaced(text, "listen 80 ", f"listen {plain[0]}:{plain[1]} ")
@@ -174,11 +201,12 @@ async def nginx(
     workers: int = 1,
     port: int = 0,
     instead: Mapping[str, str] | None = None,
+    prefix: Prefix | None = None,
 ) -> AsyncIterator[Nginx]:
     """An nginx on ports from the system, in a folder of its own; ended by its pid at the end of the block.
 
     It hands requests to `upstreams`, in turn. `port` is what it listens on without TLS, such as that of one before it.
-    `instead` has other text for parts of the configuration.
+    `instead` has other text for parts of the configuration, `prefix` is `write`'s.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aisse-nginx-")))
@@ -193,6 +221,7 @@ async def nginx(
             http2_directive=version(binary) >= (1, 25, 1),
             workers=workers,
             instead=instead,
+            prefix=prefix,
         )
         descriptors = [sock.fileno() for sock in listening]
         process = await asyncio.create_subprocess_exec(

@@ -16,22 +16,24 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args
 
+import aiohttp
 import pytest
 import rawupstream
 from browser import CHROMIUM, launched
-from command import ending, served
+from command import ending, health, served
 from conftest import eventually, prompt
 from front import Client, Way, connect, context
 from rawclient import parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Request, chunk, delta, head, message_start, raw_upstream
 
-from nginx import Nginx, authority, check, found, nginx, version, write
+from nginx import Nginx, Prefix, authority, check, found, nginx, version, write
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from command import Command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="connects from many loopback addresses")
 
@@ -800,6 +802,95 @@ async def test_numbers_of_operators_are_for_this_machine_and_probes_for_all() ->
                     await client.request("GET", path)
                     await client.answered()
                     assert client.status == status
+
+
+# --- below a path -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", get_args(Prefix))
+def test_configuration_below_a_path_is_taken_without_a_warning(binary: Path, tmp_path: Path, prefix: Prefix) -> None:
+    write(tmp_path, [("127.0.0.1", 3000)], prefix=prefix)
+    assert "[" not in check(binary, tmp_path)
+
+
+@contextlib.asynccontextmanager
+async def asking(server: Nginx, method: str, path: str, *, source: int = 1, **headers: str) -> AsyncIterator[Client]:
+    """One request through `server`, as a POST with a question of three tokens."""
+    data = json.dumps(prompt("[[tokens=3]]")).encode() if method == "POST" else b""
+    sent = {"content-type": "application/json", "content-length": str(len(data))} if data else {}
+    async with await connect(server.address, "http1", context("http1"), source=f"127.0.0.{source}") as client:
+        await client.request(method, path, data, sent | headers)
+        await client.answered()
+        yield client
+
+
+async def holds_below(server: Nginx, aisse: Command) -> None:
+    """Everything that a client is told through `server` leads back through it."""
+    async with asking(server, "POST", "/llm/api/chat", prefer="respond-async") as client:
+        url = json.loads(await client.to_end())["url"]
+        assert client.status == 202
+        assert client.headers["location"] == client.headers["content-location"] == url
+        assert url.startswith("/llm/api/chat/")
+    async with asking(server, "GET", url) as client:
+        text = await client.to_end()
+        assert (client.status, client.headers["content-location"]) == (200, url)
+        assert ending(text) == "complete"
+        last_id = parse(text.encode()).frames[-1].id
+    async with asking(server, "GET", f"{url}?last_event_id={last_id}") as client:
+        assert client.status == 204
+    async with asking(server, "DELETE", url) as client:
+        assert client.status == 204
+    async with asking(server, "POST", "/llm/api/chat") as client:
+        assert ending(await client.to_end()) == "complete"
+        assert client.headers["content-location"].startswith("/llm/api/chat/")
+    for path, source, status in (
+        ("/llm/", 1, 200),
+        ("/llm/chat.js", 1, 200),
+        ("/llm/nothing", 1, 404),
+        ("/llm/health", 1, 200),
+        ("/llm/health", 9, 403),
+        ("/llm/health/ready", 9, 200),
+    ):
+        async with asking(server, "GET", path, source=source) as client:
+            assert (path, client.status) == (path, status)
+    async with asking(server, "GET", "/llm") as client:
+        assert client.status in {301, 308}
+        assert client.headers["location"] in {"/llm/", f"{server.url}/llm/"}
+    # What a proxy asks of the instance itself has no prefix.
+    async with aiohttp.ClientSession() as probe:
+        assert (await health(probe, aisse))["status"] == "healthy"
+
+
+@pytest.mark.parametrize("prefix", get_args(Prefix))
+async def test_urls_lead_below_the_path_whether_it_is_left_or_taken_off(binary: Path, prefix: Prefix) -> None:
+    async with (
+        served("--upstream", "simulator", "--base-path", "/llm") as aisse,
+        nginx(binary, [aisse.address], prefix=prefix) as site,
+    ):
+        await holds_below(site, aisse)
+        async with asking(site, "GET", "/api/chat") as client:
+            assert await client.to_end() == "the site\n"
+        stream = "A" * 22
+        aisse.process.kill()
+        await aisse.exit()
+        async with asking(site, "GET", f"/llm/api/chat/{stream}?secret") as client:
+            assert client.status == 502
+        assert stream not in site.error_log()
+
+
+async def test_whole_configuration_holds_with_the_path_before_that_of_its_locations(binary: Path) -> None:
+    paths = ("= /api/chat", "/api/chat/", "= /health", "/")
+    below = {f"location {path} {{": f"location {path.replace('/', '/llm/', 1)} {{" for path in paths}
+    async with (
+        served("--upstream", "simulator", "--base-path", "/llm") as aisse,
+        nginx(binary, [aisse.address], instead=below) as server,
+    ):
+        await holds_below(server, aisse)
+        # A line is written after the last byte of its answer.
+        await eventually(lambda: "/llm" in {line["path"] for line in server.access_log()})
+        logged = [line["path"] for line in server.access_log()]
+        assert "/llm/api/chat" in logged
+        assert max(len(path) for path in logged if path.startswith("/llm/api/chat/")) == len("/llm/api/chat/") + 8
 
 
 async def test_port_80_leads_to_tls_where_there_is_tls() -> None:

@@ -10,7 +10,7 @@ import re
 import signal
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import aiohttp
 import pytest
@@ -35,7 +35,7 @@ from rawupstream import (
 )
 
 from aisse.simulator import Script
-from nginx import Nginx, found, nginx
+from nginx import Nginx, Prefix, found, nginx
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -384,6 +384,116 @@ async def test_native_eventsource_as_in_the_readme_resumes_and_stops_by_itself(b
         assert logged == ["complete"]
         assert (proxy.broken, proxy.streams) == (1, 2)
         assert await generations(llm) == 1
+
+
+# --- below a path ---------------------------------------------------------------------------------------------------
+
+
+async def test_page_and_native_eventsource_find_their_way_below_a_path(browser: Browser, binary: Path) -> None:
+    """All at the same time, each with a server and an nginx of its own."""
+    prefixes: tuple[Prefix, ...] = get_args(Prefix)
+    async with asyncio.TaskGroup() as tasks:
+        for prefix in prefixes:
+            for use in (page_is_used, native_eventsource_is_used):
+                work = below_a_path(use, browser, binary, prefix, "/llm")
+                tasks.create_task(work, name=f"{use.__name__}, {prefix}").add_done_callback(named)
+        # The server knows nothing of the path: what it says leads beside it, but the page does not go by that.
+        work = below_a_path(page_is_used, browser, binary, "taken off", "")
+        tasks.create_task(work, name="page_is_used, forgotten").add_done_callback(named)
+
+
+async def below_a_path(
+    use: Callable[[Page, BreakableProxy], Awaitable[None]],
+    browser: Browser,
+    binary: Path,
+    prefix: Prefix,
+    base_path: str,
+) -> None:
+    async with (
+        served("simulate") as llm,
+        served("--upstream", llm.url, "--base-path", base_path) as aisse,
+        nginx(binary, [aisse.address], prefix=prefix) as site,
+        BreakableProxy(site.address) as proxy,
+        opened(browser, proxy.url + "/llm/") as page,
+    ):
+        await use(page, proxy)
+        assert await generations(llm) == 2
+
+
+async def page_is_used(page: Page, proxy: BreakableProxy) -> None:
+    asked: list[str] = []
+    bad: list[tuple[str, int]] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("response", lambda got: bad.append((got.url, got.status)) if got.status >= 400 else None)
+    await page.reload()
+    await page.get_by_text("Answered by").wait_for(timeout=WAIT_MS)
+    await ask(page, LONG)
+    await begun(page)
+    proxy.reset()
+    await until(page, "document.querySelector('#reconnects').textContent === '1'")
+    await page.reload()
+    await page.locator("#drawer-toggle").click()
+    await page.locator("#second").click()
+    await settled(page)
+    assert await shown(page) == WORDS
+    await page.locator(".second[data-same=true]").wait_for(timeout=WAIT_MS)
+    await page.locator("#drawer-close").click()
+    await ask(page, "[[tokens=3000 pace=20]]")
+    await begun(page, 20)
+    await page.get_by_role("button", name="Stop").click()
+    await settled(page)
+    paths = [url.removeprefix(proxy.url) for url in asked if not url.startswith("data:")]
+    assert [path for path in paths if not path.startswith("/llm/")] == []
+    # Asked, come back, again after the reload, the second reader; asked, stopped.
+    assert len([path for path in paths if path.startswith("/llm/api/chat")]) >= 6
+    assert bad == []
+
+
+async def native_eventsource_is_used(page: Page, proxy: BreakableProxy) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    (code,) = [code for code in re.findall(r"```js\n(.*?)```", readme.read_text(), re.DOTALL) if "EventSource" in code]
+    assert code.count('"/api/chat"') == 1
+    code = code.replace('"/api/chat"', '"/llm/api/chat"').replace("Why is the sky blue?", "[[tokens=60 pace=40]]")
+    run = (
+        "async () => { const answer = window.answer = document.createElement('p'); window.reason = '';"
+        + code
+        + "window.source = source;"
+        + "source.addEventListener('end', (event) => (window.reason = JSON.parse(event.data).reason)); }"
+    )
+    await page.evaluate(run)
+    await until(page, "answer.textContent.length > 50")
+    proxy.reset()
+    await until(page, "source.readyState === EventSource.CONNECTING")
+    await until(page, "source.readyState === EventSource.CLOSED")
+    assert await page.evaluate("[answer.textContent, reason]") == [answer("[[tokens=60]]"), "complete"]
+    assert (proxy.broken, proxy.streams) == (1, 2)
+    await page.evaluate(run)
+    await until(page, "answer.textContent.length > 50")
+    assert await page.evaluate("async () => (await fetch(source.url, { method: 'DELETE' })).status") == 204
+    await until(page, "source.readyState === EventSource.CLOSED")
+    assert await page.evaluate("reason") == "stopped"
+
+
+async def test_conversations_of_two_servers_below_paths_of_one_origin_do_not_mix(browser: Browser) -> None:
+    """One server stands for both: it answers below its path and without it."""
+    async with (
+        served("--upstream", "simulator", "--base-path", "/llm") as aisse,
+        opened(browser, aisse.url + "/llm/") as page,
+    ):
+
+        async def listed(path: str) -> list[str]:
+            await page.goto(aisse.url + path)
+            return await page.locator("#history li button").all_text_contents()
+
+        await ask(page, "[[tokens=5]] below")
+        await settled(page)
+        assert await listed("/") == []
+        await ask(page, "[[tokens=5]] beside")
+        await settled(page)
+        assert len(beside := await listed("/")) == 1
+        assert len(below := await listed("/llm/")) == 1
+        assert beside != below
+        assert await shown(page) == answer("[[tokens=5]]")
 
 
 async def test_server_that_shuts_down_ends_its_answer_and_the_other_takes_questions(

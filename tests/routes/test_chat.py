@@ -1048,3 +1048,93 @@ async def test_cursor_in_the_query_that_is_none_is_named_as_it_was_given(server:
         answer = await connection.answer("GET")
     assert answer.status == 400
     assert answer.json()["error"]["field"] == name
+
+
+# --- below a path ---------------------------------------------------------------------------------------------
+
+
+async def answer_to(server: Server, method: str, path: str, data: bytes | None = None, **headers: str) -> Answer:
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with connected(server.address) as connection:
+        await connection.send(request(method, path, data, names))
+        return await connection.answer(method)
+
+
+BASES = ["/llm", "/a/b", "/~me/chat"]
+PREFIXES = [(base, prefix) for base in BASES for prefix in ("", base)]
+
+
+@pytest.mark.parametrize(("base", "prefix"), PREFIXES)
+async def test_every_url_begins_with_base_path_and_works_with_it_and_without(
+    simulator: Simulator, base: str, prefix: str
+) -> None:
+    """`prefix` is what the proxy has left."""
+    script = json.dumps(prompt("[[tokens=3]]")).encode()
+    async with serving(simulator.url, base_path=base) as server:
+        accepted = await answer_to(server, "POST", f"{prefix}/api/chat", script, Prefer="respond-async")
+        url = accepted.headers["Location"]
+        assert re.fullmatch(rf"{base}/api/chat/[\w-]{{22}}", url)
+        assert (accepted.status, accepted.json()["url"]) == (202, url)
+        path = prefix + url.removeprefix(base)
+        stream = await answer_to(server, "GET", path)
+        last_id = re.findall(rb"^id: (.*)$", stream.body, re.MULTILINE)[-1].decode()
+        state = await answer_to(server, "GET", path, Accept="application/json")
+        over = await answer_to(server, "GET", path, Last_Event_ID=last_id)
+        joined = await answer_to(server, "POST", f"{prefix}/api/chat", script, Last_Event_ID=f"{last_id[:22]}.1")
+        stopped = await answer_to(server, "DELETE", path)
+        alias = await answer_to(server, "POST", f"{path}/stop")
+        asked = await answer_to(server, "POST", f"{prefix}/api/chat", script)
+        server.registry.draining = True
+        late = await answer_to(server, "GET", f"{path}?last_event_id={last_id[:22]}.1")
+    statuses = [it.status for it in (stream, state, over, joined, stopped, alias, asked, late)]
+    assert statuses == [200, 200, 204, 200, 204, 204, 200, 200]
+    assert {it.headers["Content-Location"] for it in (accepted, stream, state, over, joined, stopped, alias)} == {url}
+    assert late.headers["Content-Location"] == url
+    assert asked.headers["Content-Location"].startswith(f"{base}/api/chat/")
+    assert {it.headers["Cache-Control"] for it in (accepted, state, over, stopped, alias)} == {"no-store"}
+    assert simulator.stats.requests == 2
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+async def test_reader_of_a_stream_that_is_elsewhere_is_told_its_url_below_base_path(
+    simulator: Simulator, prefix: str
+) -> None:
+    stream = "A" * 22
+    async with serving(simulator.url, base_path="/llm") as server, connected(server.address) as connection:
+        server.registry.draining = True
+        await connection.send(request("GET", f"{prefix}/api/chat/{stream}"))
+        head = await connection.head()
+    assert (head.status, head.headers["Content-Location"]) == (200, f"/llm/api/chat/{stream}")
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+async def test_refusal_is_the_same_with_base_path_and_without(simulator: Simulator, prefix: str) -> None:
+    async with serving(simulator.url, base_path="/llm", cors_origins=(ALLOWED,)) as server:
+        for method, path, status in (
+            ("POST", "/api/chat", 415),
+            ("PUT", "/api/chat", 405),
+            ("GET", f"/api/chat/{'A' * 22}", 404),
+            ("GET", "/api/nothing", 404),
+        ):
+            answer = await answer_to(server, method, prefix + path, Origin=ALLOWED)
+            assert (answer.status, answer.json()["type"]) == (status, "error")
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert answer.headers["Access-Control-Allow-Origin"] == ALLOWED
+            assert ("Allow" in answer.headers) == (status == 405)
+        for path in ("/api/chat", f"/api/chat/{'A' * 22}", f"/api/chat/{'A' * 22}/stop"):
+            allowed = await preflight(server, prefix + path, ALLOWED)
+            assert (allowed.status, allowed.headers["Access-Control-Allow-Origin"]) == (204, ALLOWED)
+        server.registry.draining = True
+        refusal = await answer_to(server, "POST", f"{prefix}/api/chat", body())
+        assert (refusal.status, refusal.headers["Connection"]) == (503, "close")
+        assert "Connection" not in (await answer_to(server, "GET", f"{prefix}/health/live")).headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/llm", "/llm/", "/llm/api/chat", "/other/api/chat", "/llm/llm/api/chat", "/llmapi/chat"]
+)
+@pytest.mark.parametrize("base", ["", "/other/llm"])
+async def test_path_below_another_base_is_unknown(simulator: Simulator, base: str, path: str) -> None:
+    async with serving(simulator.url, base_path=base) as server:
+        assert (await answer_to(server, "POST", path, body())).status == 404
+        untouched(server, simulator)

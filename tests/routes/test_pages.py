@@ -3,14 +3,19 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from pydantic import ValidationError
+from yarl import URL
 
+from aisse.app import create_app
 from aisse.routes import pages
+from aisse.settings import Settings
+from aisse.upstream import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -138,7 +143,7 @@ async def test_method_that_writes_is_refused(site: Client) -> None:
 async def test_page_loads_all_that_is_served_and_has_nothing_inline(site: Client) -> None:
     """What the policy would block must not be there: the page would break in silence."""
     page = await (await site.get("/")).text()
-    loaded = set(re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page))
+    loaded = {urljoin("/", link) for link in re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page)}
     for script in [path for path, kind in FILES.items() if kind == "text/javascript"]:
         source = await (await site.get(script)).text()
         loaded |= {
@@ -155,3 +160,67 @@ OWN_SCRIPTS = [path for path, kind in FILES.items() if kind == "text/javascript"
 async def test_script_never_makes_markup_of_text(site: Client, path: str) -> None:
     script = await (await site.get(path)).text()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|setHTML", script)
+
+
+async def test_page_names_nothing_by_an_absolute_path(site: Client) -> None:
+    """It works below every path, also where the server does not know of the one in front of it."""
+    page = await (await site.get("/")).text()
+    assert not re.search(r'(?:src|href|action)="[/.]', page)
+    for path in [path for path in OWN_SCRIPTS if path != "/aisse.js"]:  # of its own `url` others decide
+        assert not re.search(r"""["'`(]/[a-z]""", await (await site.get(path)).text()), path
+
+
+@contextlib.asynccontextmanager
+async def serving_below(base_path: str, **settings: Any) -> AsyncIterator[Client]:
+    effective = Settings.model_validate({"upstream": "http://127.0.0.1:9", "base_path": base_path, **settings})
+    app = create_app(effective, Upstream("http://127.0.0.1:9", effective))
+    async with TestClient(TestServer(app)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("base_path", ["/llm", "/a/b"])
+async def test_file_is_the_same_below_base_path_and_without_it(base_path: str) -> None:
+    async with serving_below(base_path) as site:
+        for path in [*FILES, "/health/ready"]:
+            answers = [await site.get(prefix + path) for prefix in ("", base_path)]
+            assert [answer.status for answer in answers] == [200, 200]
+            assert len({await answer.read() for answer in answers}) == 1
+            assert answers[0].headers.get("ETag") == answers[1].headers.get("ETag")
+            assert (await site.head(base_path + path)).status == 200
+        # Each behind the page that names it.
+        page = await (await site.get(f"{base_path}/")).text()
+        for link in re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page):
+            assert (await site.get(urljoin(f"{base_path}/", link))).status == 200
+        assert (await site.get(f"{base_path}/health")).status == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("query", ["", "?a=1&b=%2F%0d%0a"])
+async def test_base_path_itself_leads_to_the_page(method: str, query: str) -> None:
+    async with serving_below("/a/b") as site:
+        answer = await site.request(method, URL(f"/a/b{query}", encoded=True), allow_redirects=False)
+        assert answer.status == 308
+        # Kept by browsers it would outlive the setting.
+        assert answer.headers["Cache-Control"] == "no-cache"
+        assert answer.headers["Location"].lower() == f"/a/b/{query}".lower()
+        assert (await site.post("/a/b", allow_redirects=False)).status == 405
+
+
+async def test_client_alone_is_served_below_base_path_without_the_page() -> None:
+    async with serving_below("/llm", page=False) as site:
+        assert {path for path in FILES if (await site.get(f"/llm{path}")).status == 200} == set(CLIENT)
+
+
+def first_part(path: str) -> str:
+    return path.split("/")[1]
+
+
+async def test_base_path_cannot_begin_as_any_path_of_ours() -> None:
+    async with serving_below("") as site:
+        assert site.app is not None
+        own = {first_part(resource.canonical) for resource in site.app.router.resources()} - {""}
+    assert own > {"api", "health", "aisse.js", "vendor"}
+    for name in own:
+        for base_path in (f"/{name}", f"/{name}/below"):
+            with pytest.raises(ValidationError, match="base_path"):
+                Settings(base_path=base_path)
