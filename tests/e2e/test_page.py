@@ -10,7 +10,7 @@ import re
 import signal
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 import pytest
@@ -35,7 +35,7 @@ from rawupstream import (
 )
 
 from aisse.simulator import Script
-from nginx import Nginx, Prefix, found, nginx
+from nginx import Nginx, found, nginx
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -390,34 +390,28 @@ async def test_native_eventsource_as_in_the_readme_resumes_and_stops_by_itself(b
 
 
 async def test_page_and_native_eventsource_find_their_way_below_a_path(browser: Browser, binary: Path) -> None:
-    """All at the same time, each with a server and an nginx of its own."""
-    prefixes: tuple[Prefix, ...] = get_args(Prefix)
-    async with asyncio.TaskGroup() as tasks:
-        for prefix in prefixes:
-            for use in (page_is_used, native_eventsource_is_used):
-                work = below_a_path(use, browser, binary, prefix, "/llm")
-                tasks.create_task(work, name=f"{use.__name__}, {prefix}").add_done_callback(named)
-        # The server knows nothing of the path: what it says leads beside it, but the page does not go by that.
-        work = below_a_path(page_is_used, browser, binary, "taken off", "")
-        tasks.create_task(work, name="page_is_used, forgotten").add_done_callback(named)
-
-
-async def below_a_path(
-    use: Callable[[Page, BreakableProxy], Awaitable[None]],
-    browser: Browser,
-    binary: Path,
-    prefix: Prefix,
-    base_path: str,
-) -> None:
+    """All at the same time, each on a page and a connection of its own."""
     async with (
         served("simulate") as llm,
-        served("--upstream", llm.url, "--base-path", base_path) as aisse,
-        nginx(binary, [aisse.address], prefix=prefix) as site,
-        BreakableProxy(site.address) as proxy,
-        opened(browser, proxy.url + "/llm/") as page,
+        served("--upstream", llm.url, "--base-path", "/llm") as aisse,
+        served("--upstream", llm.url) as unaware,
+        nginx(binary, [aisse.address], prefix="left") as left,
+        nginx(binary, [aisse.address], prefix="taken off") as taken_off,
+        # What this server says leads beside its path. The page does not go by that.
+        nginx(binary, [unaware.address], prefix="taken off") as forgotten,
     ):
-        await use(page, proxy)
-        assert await generations(llm) == 2
+
+        async def used(site: Nginx, use: Callable[[Page, BreakableProxy], Awaitable[None]]) -> None:
+            async with BreakableProxy(site.address) as proxy, opened(browser, proxy.url + "/llm/") as page:
+                await use(page, proxy)
+
+        sites = {"left": left, "taken off": taken_off, "forgotten": forgotten}
+        uses = [(page_is_used, name) for name in sites]
+        uses += [(native_eventsource_is_used, name) for name in sites if name != "forgotten"]
+        async with asyncio.TaskGroup() as tasks:
+            for use, name in uses:
+                tasks.create_task(used(sites[name], use), name=f"{use.__name__}, {name}").add_done_callback(named)
+        assert await generations(llm) == 2 * len(uses)
 
 
 async def page_is_used(page: Page, proxy: BreakableProxy) -> None:
