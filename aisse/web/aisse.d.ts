@@ -55,7 +55,7 @@ export type ChatEvent = Sent & (
   | { type: "other" });
 
 export interface ChatOptions {
-  /** Of the chat endpoint; "/api/chat". Outside of pages it has to be absolute. */
+  /** Of the chat endpoint: "/api/chat", wherever this module lies. Outside of pages it has to be absolute. */
   url?: string;
   /** Sent with every request, `Authorization` above all. */
   headers?: Record<string, string>;
