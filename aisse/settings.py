@@ -84,7 +84,7 @@ class Settings(BaseModel):
     access_tokens: Secrets = _field((), "bearer tokens that may start streams, comma-separated; none: open to all")
     page: bool = _field(True, "serve the chat page at /; without it only its client, /aisse.js")
     base_path: str = _field(
-        "", "path below which a proxy serves this, e.g. /llm; our URLs begin with it, requests may or may not"
+        "", "path that a proxy has put in front, e.g. /llm: our URLs begin with it; requests may begin with it, or not"
     )
     cors_origins: Names = _field((), "exact origins of other sites whose pages may call, e.g. https://app.example")
 
