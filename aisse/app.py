@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from aiohttp import hdrs, web
+from aiohttp import hdrs, web, web_response
 
 import aisse
 from aisse.drain import Drain
@@ -43,6 +43,8 @@ _LAST_HANDLERS_S = 0.5
 
 # How often a supervisor is told how many streams run.
 _STATUS_S = 1.0
+
+_SERVER = "aisse"
 
 _log = structlog.get_logger("aisse.app")
 
@@ -82,6 +84,7 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     if settings.base_path:
         app.add_routes(_below(settings.base_path, routes))
     app.on_response_prepare.append(_api_headers(settings.cors_origins, api))
+    app.on_response_prepare.append(_server_header)
     app.on_shutdown.append(shutdown)
     app.cleanup_ctx.append(parts)
     return app
@@ -162,6 +165,8 @@ async def serve(
             **runner_arguments(settings),
         )
         await runner.setup()
+        # What aiohttp answers by itself, to what is no HTTP, passes no signal of the application's.
+        web_response.SERVER_SOFTWARE = _SERVER  # type: ignore[attr-defined]
         stack.push_async_callback(runner.cleanup)
         _check_limits(runner, settings)
         assert runner.server is not None
@@ -331,6 +336,11 @@ def _api_headers(
             )
 
     return add
+
+
+async def _server_header(_request: web.Request, response: web.StreamResponse) -> None:
+    """Says who answers, without the versions of libraries that aiohttp would add for whoever looks for holes."""
+    response.headers[hdrs.SERVER] = _SERVER
 
 
 async def _preflight(_request: web.Request) -> web.Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
@@ -21,6 +22,8 @@ from aisse.sse import HEARTBEAT, opening
 from aisse.stream import State
 
 if TYPE_CHECKING:
+    from aiohttp.abc import AbstractStreamWriter
+
     from aisse.settings import Settings
     from aisse.stream import Stream
 
@@ -35,6 +38,10 @@ _COMPACT_READS = 32
 
 # Bounds what the kernel keeps for a client that takes nothing; what is in flight is bounded by SO_SNDBUF alone.
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+
+# SO_LINGER (socket(7)): on, with no time at all; off.
+_RESET = struct.pack("ii", 1, 0)
+_IN_ORDER = struct.pack("ii", 0, 0)
 
 _log = structlog.get_logger("aisse.reader")
 
@@ -62,6 +69,26 @@ class StreamResponse(EventSourceResponse):
         self.headers[hdrs.CONTENT_LOCATION] = stream_url(stream_id, settings)
         # Without it a client cannot know how much silence is too much.
         self.headers["Aisse-Heartbeat"] = f"{settings.heartbeat_s:g}"
+
+        self._ends_with_connection: socket.socket | None = None
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Sends the headers. To HTTP/1.0, which knows no chunks, the body's end is the connection's."""
+        if request.version < HttpVersion11 and not self.prepared:
+            self.force_close()
+            del self.headers[hdrs.CONNECTION]
+            sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+            if sock is not None:
+                # Until `finish` whatever closes the connection resets it: an end in order would say that this is all.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                self._ends_with_connection = sock
+        return await super().prepare(request)
+
+    async def finish(self) -> None:
+        """Ends the body so that the client knows that this is all."""
+        if self._ends_with_connection is not None and self._ends_with_connection.fileno() >= 0:
+            self._ends_with_connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _IN_ORDER)
+        await self.write_eof()
 
     async def _ping(self) -> None:
         """Heartbeats are the registry's; this task ends at once."""
@@ -172,7 +199,7 @@ class Reader:
         # aiohttp would close its connection when idle, but no earlier than the last byte has left: never.
         assert self._transport is not None
         self._transport.set_write_buffer_limits(high=0)
-        await response.write_eof()
+        await response.finish()
 
     def _start(self) -> int:
         log = self.stream.log
@@ -194,8 +221,6 @@ class Reader:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._settings.send_buffer_bytes)
             if _TCP_NOTSENT_LOWAT is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, self._write_buffer_bytes // 4)
-        if request.version < HttpVersion11:
-            response.force_close()  # there the end of the connection is the only end that a body without length has
         writer = await response.prepare(request)
         assert isinstance(writer, StreamWriter)
         self._writer = writer

@@ -203,6 +203,43 @@ async def test_unexpected_exception_is_logged_without_its_message(
     assert CANARY not in json.dumps(lines)
 
 
+# --- who answers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/health"), ("GET", "/"), ("GET", "/nowhere"), ("PUT", "/api/chat"), ("POST", "/api/chat")],
+)
+async def test_answer_names_the_server_without_versions(simulator: Simulator, method: str, path: str) -> None:
+    app = application(simulator.url)
+    async with (
+        TestClient(TestServer(app)) as client,
+        client.request(method, path, json=prompt("[[tokens=1]]") if method == "POST" else None) as response,
+    ):
+        assert response.headers.getall("Server") == ["aisse"]
+
+
+@pytest.mark.parametrize("sent", [b"nonsense\r\n\r\n", b"GET /\x00 HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nA\r\n\r\n"])
+async def test_answer_to_what_is_no_request_names_the_server_without_versions(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """The library writes it by itself."""
+    monkeypatch.setattr(aiohttp.web_response, "SERVER_SOFTWARE", aiohttp.web_response.SERVER_SOFTWARE)  # type: ignore[attr-defined]
+    stop = asyncio.Event()
+    announced: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    settings = Settings(upstream=simulator.url, port=0, drain_s=0)
+    serving_task = asyncio.create_task(
+        serve(settings, stop, key_for=lambda _url: None, announce=lambda url, _name: announced.set_result(url))
+    )
+    host, _, port = (await announced).removeprefix("http://").rpartition(":")
+    async with connected((host, int(port))) as connection:
+        await connection.send(sent)
+        answer = await connection.answer()
+    assert (answer.status, answer.headers.getall("Server")) == (400, ["aisse"])
+    stop.set()
+    await serving_task
+
+
 # --- its life -------------------------------------------------------------------------------------------------
 
 

@@ -880,9 +880,67 @@ async def test_http_1_0_client_gets_the_stream_up_to_the_end_of_the_connection(
     assert answer.status == 200
     assert answer.chunks is None
     assert "Transfer-Encoding" not in answer.headers
+    assert "keep-alive" not in answer.headers.get("Connection", "").lower()  # it would wait for a length or a chunk
     assert answer.body.startswith(b"retry: 2000\nid: ")
     assert answer.body.count(b"event: end\n") == 1
     assert answer.body.endswith(b"\n\n")
+
+
+LONG_BODY = json.dumps(prompt("[[tokens=10000 pace=20]]")).encode()
+
+
+@pytest.mark.parametrize("how", ["part", "evict"])
+async def test_http_1_0_client_is_reset_where_the_stream_is_cut(server: Server, how: str) -> None:
+    """An end in order would be the body's: nothing else tells it there."""
+    async with connected(server.address) as connection:
+        await connection.send(request("POST", "/api/chat", LONG_BODY, version="HTTP/1.0"))
+        assert (await connection.head()).status == 200
+        await connection.reader.readuntil(b"event: content_block_delta")
+        (reader,) = server.registry.attached()
+        getattr(reader, how)()
+        with pytest.raises(ConnectionResetError):
+            await connection.rest()
+
+
+async def test_http_1_0_client_is_reset_where_it_is_turned_away(server: Server) -> None:
+    server.registry.draining = True
+    headers = {"Accept": "text/event-stream", "Connection": "keep-alive"}
+    async with connected(server.address) as connection:
+        await connection.send(request("GET", f"/api/chat/{'s' * 22}", headers=headers, version="HTTP/1.0"))
+        answer = await connection.head()
+        assert answer.status == 200
+        assert "Connection" not in answer.headers
+        with pytest.raises(ConnectionResetError):
+            await connection.rest()
+
+
+@pytest.mark.parametrize("asked", [None, "close", "keep-alive"])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("GET", "/", 200),
+        ("HEAD", "/aisse.js", 200),
+        ("GET", "/nowhere", 404),
+        ("POST", "/api/chat", 400),
+        ("POST", "/api/chat", 202),
+        ("DELETE", f"/api/chat/{'s' * 22}", 404),
+    ],
+)
+async def test_http_1_0_answer_of_known_length_keeps_the_connection_where_that_was_asked(
+    server: Server, method: str, path: str, status: int, asked: str | None
+) -> None:
+    data = None if method != "POST" else body() if status == 202 else b"{}"
+    headers = {"Connection": asked, "Prefer": "respond-async" if status == 202 else None}
+    async with connected(server.address) as connection:
+        for _ in range(2 if asked == "keep-alive" else 1):
+            await connection.send(request(method, path, data, headers, version="HTTP/1.0"))
+            answer = await connection.answer(method)
+            assert answer.status == status
+            assert "Content-Length" in answer.headers
+            assert answer.headers.get("Connection") == ("keep-alive" if asked == "keep-alive" else None)
+        if asked != "keep-alive":
+            assert await connection.rest() == b""
 
 
 async def test_connection_serves_one_stream_after_another(server: Server, simulator: Simulator) -> None:
