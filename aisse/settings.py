@@ -5,6 +5,7 @@ A setting has one name in all three: `heartbeat_s`, `AISSE_HEARTBEAT_S`, `--hear
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 import json
 import re
@@ -322,11 +323,18 @@ def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:
 
 def _read_toml(file: Path) -> dict[str, object]:
     try:
-        with file.open("rb") as stream:
-            return tomllib.load(stream)
+        data = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # TOMLDecodeError, or bytes that are no UTF-8
+    # Windows' editors: what they call Unicode is UTF-16, and their UTF-8 may begin with a byte order mark.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ConfigError(f"{file}: is not TOML: it seems to be UTF-16; save it as UTF-8")
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file}: is not TOML: line {line} is not UTF-8; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: is not TOML: {error}") from None
 
 

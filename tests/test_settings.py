@@ -272,6 +272,35 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert wrong(file=latin).startswith(f"{latin}: is not TOML: ")
 
 
+WINDOWS = 'heartbeat_s = 3\r\nmodel = "x"  # \u00e9\r\n\r\nmodels = [\r\n  "x",\r\n]\r\n'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_file_of_a_windows_editor_is_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "aisse.toml"
+    file.write_bytes(WINDOWS.encode(encoding))
+    settings = load({}, {}, file).settings
+    assert (settings.heartbeat_s, settings.model, settings.models) == (3, "x", ("x",))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (WINDOWS.encode("utf-16"), "UTF-16"),
+        (WINDOWS.encode("utf-16-le"), "UTF-16"),
+        (b"\xfe\xff" + WINDOWS.encode("utf-16-be"), "UTF-16"),
+        (WINDOWS.encode("cp1252"), "line 2 is not UTF-8"),
+    ],
+)
+def test_file_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path, data: bytes, why: str) -> None:
+    file = tmp_path / "aisse.toml"
+    file.write_bytes(data)
+    message = wrong(file=file)
+    assert message.startswith(f"{file}: is not TOML: ")
+    assert why in message
+    assert message.endswith("save it as UTF-8")
+
+
 @pytest.mark.parametrize("name", ["HARTBEAT_S", "", "UPSTREAM_KEYS", "PORT_", "_PORT"])
 def test_wrong_variable_is_named(name: str) -> None:
     assert wrong(environ={f"AISSE_{name}": "1"}).startswith(f"AISSE_{name}: there is no such setting")
