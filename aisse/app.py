@@ -49,11 +49,13 @@ _SERVER = "aisse"
 _log = structlog.get_logger("aisse.app")
 
 
-def create_app(settings: Settings, upstream: Upstream) -> web.Application:
+def create_app(
+    settings: Settings, upstream: Upstream, log_lines_dropped: Callable[[], int] = lambda: 0
+) -> web.Application:
     """The application. Its runner needs `runner_arguments`; `serve` is both together.
 
     Starting it opens the upstream's session. Its shutdown drains, in a runner of anybody's: no new streams, running
-    ones get `drain_s`, what is left then ends as `shutdown`.
+    ones get `drain_s`, what is left then ends as `shutdown`. `log_lines_dropped` is what `/health` says of the log.
     """
     registry = Registry(settings, upstream, _shared_log(settings))
     drain = Drain(settings, registry)
@@ -75,7 +77,7 @@ def create_app(settings: Settings, upstream: Upstream) -> web.Application:
     app[DRAIN] = drain
     routes = [
         *chat.routes(settings, registry, drain),
-        *operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started),
+        *operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started, log_lines_dropped),
         *pages.routes(page=settings.page),
     ]
     asked_across = ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}", "/api/chat/{stream:[A-Za-z0-9_-]{22}}/stop")
@@ -133,13 +135,14 @@ async def serve(
     notifier: Notifier | None = None,
     sockets: Sequence[socket.socket] = (),
     report: Report | None = None,
+    log_lines_dropped: Callable[[], int] = lambda: 0,
 ) -> None:
     """Serves until `stop` is set, then drains: it returns `unready_s` + `drain_s` + 2 s later at the latest.
 
     `key_for` gives the key that belongs to a base URL. `announce` gets our own URL and the upstream's name once
     connections are accepted. `sockets` are listened on in place of `host` and `port`; they stay open for whoever else
-    holds them. `notifier` tells the supervisor; `report` is `Drain.run`'s. Raises ConfigError where the start is not
-    possible.
+    holds them. `notifier` tells the supervisor; `report` is `Drain.run`'s, `log_lines_dropped` is
+    `create_app`'s. Raises ConfigError where the start is not possible.
     """
     notifier = notifier or Notifier()
     async with contextlib.AsyncExitStack() as stack:
@@ -154,7 +157,7 @@ async def serve(
             raise ConfigError(f"upstream: {base_url} needs a key; set {variable}, or try `--upstream simulator`")
         upstream = Upstream(base_url, settings, key=key, name=name)
 
-        app = create_app(settings, upstream)
+        app = create_app(settings, upstream, log_lines_dropped)
         # Before the runner, so that it ends after the runner's cleanup: a watchdog has to be told through that, too.
         await stack.enter_async_context(_supervised(notifier, app[REGISTRY]))
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import os
 import resource
+import select
 import signal
 import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +22,7 @@ from pydantic import ValidationError
 import aisse
 from aisse import app, deploy, log
 from aisse.errors import ConfigError
+from aisse.logwriter import LogWriter
 from aisse.settings import ENV_PREFIX, MASK, SECRETS, Loaded, Settings, is_loopback, load, shown
 from aisse.simulator import Script, Simulator
 from aisse.simulator.script import first_error
@@ -25,18 +30,33 @@ from aisse.systemd import Notifier, inherited_sockets
 from aisse.upstream import PROVIDER_KEYS, key_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from pydantic import BaseModel
 
 EX_CONFIG = 78  # sysexits.h: something was found unconfigured or misconfigured
+EX_IOERR = 74  # sysexits.h: an error on some file
+
+# How long the last lines are waited for where nobody seems to read them; at a second signal, which is to end the
+# process at once.
+_LAST_LINES_S = 1.0
+_LAST_LINES_AT_ONCE_S = 0.2
+
+# What lies below sys.stdout and sys.stderr, for writing that must not wait.
+_STDOUT, _STDERR = 1, 2
+
+# More than the longest of our own words.
+_WORDS_BYTES = 1 << 20
 
 # What a process needs besides two descriptors a stream: the log, the loop, the listener, spare ones for probes.
 _SPARE_DESCRIPTORS = 64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 when it went well, 78 with one line for a wrong name or value."""
+    """Runs one command and exits: 0 when it went well, 78 with one line for a wrong name or value.
+
+    74 where standard output cannot be written and that is what the command is for, 141 where nobody reads it any more.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         file = _config_file(arguments)
@@ -63,8 +83,39 @@ def _unknown(argument: str) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"aisse: {message}", file=sys.stderr)
+    _note(message)
     sys.exit(EX_CONFIG)
+
+
+def _note(text: str) -> None:
+    """One line on standard error, if that takes it within a second."""
+    poll = select.poll()
+    poll.register(_STDERR, select.POLLOUT)
+    if not poll.poll(_LAST_LINES_S * 1000):
+        return
+    try:
+        print(f"aisse: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        _into_nowhere(_STDERR)
+
+
+def _into_nowhere(descriptor: int) -> None:
+    """The interpreter would try once more to write at its exit, and change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _print(text: str) -> None:
+    """Lines on standard output, at once. Ends the process where they cannot be written."""
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        print(text, flush=True)
+    except OSError as error:
+        _into_nowhere(_STDOUT)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)  # as other programs end of it: `| head` has what it wanted
+        _note(f"standard output: {error.strerror}")
+        sys.exit(EX_IOERR)
 
 
 # --- commands -------------------------------------------------------------------------------------------------
@@ -72,8 +123,14 @@ def _refuse(message: str) -> NoReturn:
 
 def _serve(flags: dict[str, Any], file: Path | None) -> None:
     settings = load(flags, os.environ, file).settings
-    log.configure(settings.log_format, settings.log_level)
+    with _logging(settings) as writer:
+        _serve_logged(settings, writer)
+
+
+def _serve_logged(settings: Settings, writer: LogWriter) -> None:
     _raise_descriptor_limit(settings.max_streams)
+    # Whoever does not read it must not keep the server from its work.
+    output = LogWriter(_STDOUT, _WORDS_BYTES)
 
     def key(base_url: str) -> str | None:
         found = key_for(base_url, settings, os.environ)
@@ -84,7 +141,13 @@ def _serve(flags: dict[str, Any], file: Path | None) -> None:
             "simulator": " (built in: no key, no network, scripted answers)",
             "local": " (a small model on this machine: no key, no network)",
         }.get(upstream, "")
-        print(f"aisse {aisse.__version__} on {url}\nupstream: {upstream}{explained}", flush=True)
+        output.put(f"aisse {aisse.__version__} on {url}\nupstream: {upstream}{explained}\n".encode())
+
+    def progress(streams: int, readers: int, left_s: float) -> None:
+        """One line of the terminal that is written anew each second: two hundred would bury what else was said."""
+        text = f"draining: {streams} streams, {readers} readers, {left_s:.0f} s left" if streams or readers else ""
+        if writer.idle:  # what is out of date once it can be written is not worth it
+            writer.put((log.CLEAR_LINE + text).encode())
 
     notifier = Notifier.from_environment(os.environ)
     sockets = inherited_sockets(os.environ)
@@ -99,22 +162,42 @@ def _serve(flags: dict[str, Any], file: Path | None) -> None:
     async def run() -> None:
         await app.serve(
             settings,
-            _stop_on_signals(),
+            _stop_on_signals(writer),
             key_for=key,
             announce=announce,
             notifier=notifier,
             sockets=sockets,
-            report=_progress_line if sys.stderr.isatty() else None,
+            report=progress if sys.stderr.isatty() else None,
+            log_lines_dropped=lambda: writer.dropped,
         )
 
-    with contextlib.closing(notifier):
-        _run(run())
+    try:
+        with contextlib.closing(notifier):
+            _run(run())
+    finally:
+        output.close(_LAST_LINES_AT_ONCE_S)
 
 
-def _progress_line(streams: int, readers: int, left_s: float) -> None:
-    """One line of the terminal that is written anew each second: two hundred would bury what else was said."""
-    text = f"draining: {streams} streams, {readers} readers, {left_s:.0f} s left" if streams or readers else ""
-    print(log.CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _logging(settings: Settings) -> Iterator[LogWriter]:
+    """Logs through a thread as long as the block runs, also what Python would print by itself, which may never return.
+
+    In the end what was said last is written: why the block failed, too. It waits for that a second at most.
+    """
+    writer = LogWriter(_STDERR, int(settings.log_buffer_bytes), log.dropped_line(settings.log_format))
+    log.configure(settings.log_format, settings.log_level, writer.put)
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook, threading.excepthook = log.unraisable, log.thread_failed
+    try:
+        yield writer
+    except ConfigError:
+        raise
+    except Exception:
+        writer.put(traceback.format_exc().encode(errors="backslashreplace"))
+        sys.exit(1)
+    finally:
+        sys.unraisablehook, threading.excepthook = hooks
+        writer.close(_LAST_LINES_S)
 
 
 def _config(flags: dict[str, Any], file: Path | None) -> None:
@@ -126,18 +209,19 @@ def _config(flags: dict[str, Any], file: Path | None) -> None:
         found = key_for(loaded.settings.upstream, loaded.settings, os.environ)
         rows.append(("# key for upstream", MASK if found else "none", found[1] if found else ""))
     name_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for name, value, origin in rows:
-        print(f"{name:<{name_width}} = {value:<{value_width}}  # {origin}".rstrip(" #"))
+    _print(
+        "\n".join(
+            f"{name:<{name_width}} = {value:<{value_width}}  # {origin}".rstrip(" #") for name, value, origin in rows
+        )
+    )
 
 
 def _unit(options: dict[str, Any], file: Path | None) -> None:
     settings = load({}, os.environ, file).settings
     python = Path(sys.executable)
     name: str | None = options["unit"]
-    print(
-        deploy.unit(name, settings, python, file) if name else deploy.all_units(settings, python, file).rstrip("\n"),
-        end="" if name else "\n",
-    )
+    text = deploy.unit(name, settings, python, file) if name else deploy.all_units(settings, python, file)
+    _print(text.rstrip("\n"))
     if name is not None and name.endswith(".socket"):
         return  # it starts nothing by itself
     needed = [Path(sys.prefix), Path(sys.base_prefix), Path(aisse.__file__).parent]
@@ -152,10 +236,6 @@ def _unit(options: dict[str, Any], file: Path | None) -> None:
     variables = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
     if variables:
         _note(f"services do not get this environment; put into /etc/aisse/aisse.env: {', '.join(variables)}")
-
-
-def _note(text: str) -> None:
-    print(f"aisse: {text}", file=sys.stderr)
 
 
 def _simulate(flags: dict[str, Any], _file: Path | None) -> None:
@@ -175,7 +255,7 @@ def _simulate(flags: dict[str, Any], _file: Path | None) -> None:
             except (OSError, UnicodeError) as error:
                 why = getattr(error, "strerror", None) or "that is no host name"
                 raise ConfigError(f"--host, --port: cannot listen on {host}:{port}: {why}") from None
-            print(f"aisse {aisse.__version__} simulator on {url}", flush=True)
+            _print(f"aisse {aisse.__version__} simulator on {url}")
             await stop.wait()
         finally:
             await simulator.close()
@@ -190,23 +270,36 @@ def _run(main_coroutine: Coroutine[Any, Any, None]) -> None:
     try:
         import uvloop  # noqa: PLC0415 - it does not exist everywhere
     except ImportError:
-        asyncio.run(main_coroutine)
+        run = asyncio.run
     else:
-        uvloop.run(main_coroutine)
+        run = uvloop.run
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        run(main_coroutine)
+    finally:
+        # A loop that closes leaves Python's own, which would print a traceback of the process's last milliseconds.
+        signal.signal(signal.SIGINT, before)
 
 
-def _stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second ends the process at once."""
+def _stop_on_signals(writer: LogWriter | None = None) -> asyncio.Event:
+    """An event that the first SIGTERM, SIGINT or SIGHUP sets; after it SIGTERM or SIGINT ends the process at once.
+
+    Not SIGHUP: a terminal that closes sends two, its own and its shell's. One that is ignored (nohup) stays so.
+    `writer` gets a moment to write what it has.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
-        if stop.is_set():
+        if stop.is_set() and number != signal.SIGHUP:
+            if writer is not None:
+                writer.close(_LAST_LINES_AT_ONCE_S)
             os._exit(128 + number)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal, number)
     return stop
 
 
@@ -233,6 +326,10 @@ class _Parser(argparse.ArgumentParser):
         # What follows is what was typed; it may be a secret in the wrong place.
         where, unknown, _ = message.removeprefix("argument ").partition("invalid choice")
         raise ConfigError(f"{where}{'there is no such command' if unknown else ''}; --help shows how")
+
+    def _print_message(self, message: str, _file: object = None) -> None:
+        # Help and version. argparse's own goes on, and exits with 0, where it cannot write them.
+        _print(message.removesuffix("\n"))
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:

@@ -135,9 +135,9 @@ def _serve(model: str) -> None:
 
     The other end of standard input is held by the parent alone, so the child dies with it, however it dies.
     """
-    # Both reach the whole process group when a service stops, and a drain still needs the model.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # They reach the whole process group when a service or terminal stops, and a drain still needs the model.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # The relay's few milliseconds go first where cores are scarce.
     os.nice(_NICENESS)
 

@@ -140,6 +140,9 @@ class Settings(BaseModel):
     log_tick_s: TickSeconds = _field(0.02, "with a shared log: how long events are gathered before they go there")
     log_format: Literal["auto", "json", "console"] = _field("auto", "auto: console on a terminal, else json")
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "least severe log line that is written")
+    log_buffer_bytes: Bytes = _field(
+        ByteSize(1 << 20), "log lines that wait while nobody reads standard error; more are dropped and counted"
+    )
 
     @field_validator("base_path")
     @classmethod

@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import re
+import threading
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -291,6 +292,17 @@ async def test_shutdown_of_an_embedder_ends_a_running_stream_with_shutdown(simul
     (end,) = re.findall(r"event: end\ndata: (.*)\n", text)
     assert json.loads(end)["reason"] == "shutdown"
     assert text.index("event: error\n") < text.index("event: end\n")
+
+
+async def test_embedded_application_starts_no_thread(simulator: Simulator) -> None:
+    """Logging is its embedder's; the one that writes logs is the command's."""
+    before = set(threading.enumerate())
+    async with TestClient(TestServer(application(simulator.url))) as client:
+        async with client.post("/api/chat", json=prompt("[[tokens=1]]")) as response:
+            await response.read()
+        async with client.get("/health") as response:
+            assert (await response.json())["logLinesDropped"] == 0
+        assert {thread for thread in threading.enumerate() if "log" in thread.name} <= before
 
 
 async def test_application_can_be_started_and_stopped_without_a_request(simulator: Simulator) -> None:

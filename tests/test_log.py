@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import json
 import logging
 import re
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -215,11 +217,94 @@ def test_line_that_cannot_be_written_is_not_quoted_elsewhere(
         def flush(self) -> None:
             pass
 
-    [handler] = logging.getLogger().handlers
-    assert isinstance(handler, logging.StreamHandler)
-    monkeypatch.setattr(handler, "stream", Full())
-    logging.getLogger("library").error("what %s", CANARY)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", Full())
+        logging.getLogger("library").error("what %s", CANARY)
+        structlog.get_logger("aisse").error("what", value=CANARY)
     assert CANARY not in capsys.readouterr().err
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise QuotingError(f"cannot say {CANARY}")
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_value_that_cannot_be_rendered_costs_its_line_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], log_format: Any
+) -> None:
+    log.configure(log_format, "info")
+    structlog.get_logger("aisse").info("said", value=Unspeakable())
+    structlog.get_logger("aisse").info("next")
+    text = capsys.readouterr().err
+    assert CANARY not in text
+    assert "QuotingError" in text
+    assert 0 <= text.index("log line cannot be rendered") < text.index("next")
+
+
+# --- elsewhere than to standard error -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_line_is_given_whole_to_whoever_writes(capsys: pytest.CaptureFixture[str], log_format: Any) -> None:
+    written: list[bytes] = []
+    log.configure(log_format, "info", written.append)
+    structlog.get_logger("aisse").info("own", text="\udcff\u2028")
+    logging.getLogger("library").info("theirs")
+    assert [b"own" in written[0], b"theirs" in written[1]] == [True, True]
+    assert all(line.endswith(b"\n") for line in written)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_number_of_dropped_lines_is_a_line_like_others(log_format: Any) -> None:
+    line = log.dropped_line(log_format)(17).decode()
+    assert line.endswith("\n")
+    assert "log lines were dropped" in line
+    assert "17" in line
+    if log_format == "json":
+        said = json.loads(line)
+        assert (said["lines"], said["level"], said["logger"]) == (17, "warning", "aisse.log")
+
+
+def test_thread_that_fails_is_logged_without_the_message(lines: Callable[[], list[dict[str, Any]]]) -> None:
+    log.configure("json", "info")
+    with hooked():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        leaving = threading.Thread(target=sys.exit)  # no failure
+        leaving.start()
+        leaving.join()
+    (line,) = lines()
+    assert line["event"] == "thread failed"
+    assert line["exception"].endswith("QuotingError")
+    assert line["raised_at"][-1].endswith(" fail")
+
+
+def test_destructor_that_fails_is_logged_without_the_message(lines: Callable[[], list[dict[str, Any]]]) -> None:
+    class Fails:
+        def __del__(self) -> None:
+            fail()
+
+    log.configure("json", "info")
+    with hooked():
+        Fails()
+        gc.collect()
+    (line,) = lines()
+    assert line["event"] == "exception ignored"
+    assert line["exception"].endswith("QuotingError")
+
+
+@contextlib.contextmanager
+def hooked() -> Iterator[None]:
+    """With what Python would print by itself in the log, as the command has it."""
+    before = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook, threading.excepthook = log.unraisable, log.thread_failed
+    try:
+        yield
+    finally:
+        sys.unraisablehook, threading.excepthook = before
 
 
 def test_warning_is_logged_as_category_and_place_without_message(lines: Callable[[], list[dict[str, Any]]]) -> None:

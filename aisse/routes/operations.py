@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def routes(
-    settings: Settings, registry: Registry, upstream_name: str, uptime_s: Callable[[], float]
+    settings: Settings,
+    registry: Registry,
+    upstream_name: str,
+    uptime_s: Callable[[], float],
+    log_lines_dropped: Callable[[], int] = lambda: 0,
 ) -> list[web.RouteDef]:
     """`/health`, `/health/live`, `/health/ready`."""
 
@@ -42,6 +46,7 @@ def routes(
             "bufferedBytes": registry.buffered_bytes,
             "replayBytes": registry.replay_bytes,
             "eventLoopLagMs": round(registry.loop_lag_s * 1000, 1),
+            "logLinesDropped": log_lines_dropped(),
             "log": log_kind(settings),
             "upstream": upstream_name,
             "version": aisse.__version__,

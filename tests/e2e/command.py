@@ -67,6 +67,13 @@ class Command:
         """The log lines of one kind."""
         return [line for line in self.log() if line["event"] == event]
 
+    async def until_logged(self, event: str, count: int = 1) -> list[dict[str, Any]]:
+        """The log lines of one kind, once there are `count`: a thread writes them, a moment after what they tell of."""
+        async with asyncio.timeout(EXIT_S):
+            while len(lines := self.logged(event)) < count:
+                await asyncio.sleep(0.01)
+        return lines
+
     async def exit(self, timeout_s: float = EXIT_S) -> int:
         """Its exit code, once it has ended; standard output is read to its end."""
         async with asyncio.timeout(timeout_s):

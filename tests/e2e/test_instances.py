@@ -232,7 +232,7 @@ async def test_producer_that_stood_still_past_its_lease_appends_nothing_and_stop
             while await active():
                 await asyncio.sleep(0.02)
         assert await kept(redis, path) == entries
-        assert frozen.logged("stream lost to other instances")
+        assert await frozen.until_logged("stream lost to other instances")
 
 
 async def test_producer_that_stood_still_until_its_streams_were_forgotten_does_not_begin_again(

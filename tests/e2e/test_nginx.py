@@ -319,7 +319,8 @@ async def test_reader_that_leaves_cancels_the_upstream_within_500_ms() -> None:
         await nginxes.each(run, at_once=1)
         for binary, waits in waits_s.items():
             assert sorted(waits)[math.ceil(0.99 * len(waits)) - 1] <= LEFT_WITHIN_S, (binary, sorted(waits)[-5:])
-        assert {line["reason"] for line in aisse.logged("stream ended")} == {"abandoned"}
+        ended = await aisse.until_logged("stream ended", LEAVES * len(nginxes.vias))
+        assert {line["reason"] for line in ended} == {"abandoned"}
 
 
 async def test_answer_that_the_upstream_breaks_off_ends_as_truncated() -> None:
@@ -542,7 +543,7 @@ async def test_post_goes_on_to_the_next_instance_where_one_is_gone_or_drains() -
 
         await nginxes.each(run)
         assert len(llm.requests) == 12 * len(nginxes.vias)
-        assert len(whole.logged("stream ended")) == 12 * len(nginxes.vias)
+        assert len(await whole.until_logged("stream ended", 12 * len(nginxes.vias))) == 12 * len(nginxes.vias)
         statuses = {line["upstream_status"] for line in nginxes.access_log()}
         assert any("502" in status for status in statuses), statuses
         assert any("503" in status for status in statuses), statuses
@@ -581,7 +582,7 @@ async def test_generation_that_a_draining_instance_started_is_never_repeated() -
             drains.set()
         assert len(llm.requests) == len(asked)
         # Some were with the one that drains.
-        assert 0 < len(one.logged("stream ended")) < len(asked)
+        assert 0 < len(await one.until_logged("stream ended")) < len(asked)
         # Where all drain, that is the answer.
         other.process.send_signal(signal.SIGTERM)
         await eventually(lambda: bool(other.logged("stopping")), timeout_s=20)

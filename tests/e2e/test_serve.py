@@ -76,10 +76,10 @@ async def test_simulator_needs_nothing_and_is_named_wherever_one_looks(client: a
         assert resident is not None
         assert abs(said["memoryMB"] - int(resident[1]) / 1024) < 8
 
-        (listening,) = running.logged("listening")
+        (listening,) = await running.until_logged("listening")
         assert listening["upstream"] == "simulator"
         assert listening["url"] == running.url
-        (ended,) = running.logged("stream ended")
+        (ended,) = await running.until_logged("stream ended")
         assert (ended["reason"], ended["output_tokens"]) == ("complete", 20)
         # Without tokens it says that whoever reaches it may ask.
         assert any("access tokens" in line["event"] for line in running.log() if line["level"] == "warning")
@@ -177,6 +177,7 @@ async def test_token_guards_who_may_ask_and_stays_secret(client: aiohttp.ClientS
                 assert response.status == status
                 await response.read()
         assert (await health(client, running))["totalRequests"] == 1
+        await running.until_logged("stream ended")
         assert not any("access tokens" in line["event"] for line in running.log())
         assert TOKEN not in running.stderr()
         assert TOKEN not in "".join(running.said)
@@ -208,6 +209,7 @@ async def test_soft_limit_of_open_files_is_raised_and_a_hard_one_too_low_is_said
             assert limits(running) == (512, 512)
             async with asking(client, running, "[[pace=0 tokens=1]]") as response:
                 assert ending(await response.text()) == "complete"
+        await asyncio.gather(too_low.until_logged("stream ended"), enough.until_logged("stream ended"))
         (warning,) = [line for line in too_low.log() if "open_files" in line]
         assert (warning["level"], warning["open_files"], warning["needed"]) == ("warning", 512, 10_064)
         assert "max_streams" in warning["event"]

@@ -122,7 +122,7 @@ async def test_reader_that_leaves_stops_the_model(client: aiohttp.ClientSession)
             while await busy_slots(client, model):
                 await asyncio.sleep(0.02)
         assert 0 < await generated_tokens(client, model) < 100
-        (ended,) = running.logged("stream ended")
+        (ended,) = await running.until_logged("stream ended")
         assert ended["reason"] == "abandoned"
         said = await health(client, running)
         assert (said["activeStreams"], said["failedRequests"]) == (0, 0)

@@ -37,6 +37,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "bufferedBytes": int,
     "replayBytes": int,
     "eventLoopLagMs": (int, float),
+    "logLinesDropped": int,
     "log": str,
     "upstream": str,
     "version": str,
@@ -86,6 +87,7 @@ async def test_health_of_an_idle_server_has_every_field(server: Server) -> None:
         *("readers", "stalledReaders", "oldestStallSeconds", "bufferedBytes", "replayBytes"),
     }
     assert said["status"] == "healthy"
+    assert said["logLinesDropped"] == 0
     assert said["log"] == "memory"
     assert said["upstream"] == server.settings.upstream
     assert said["version"] == aisse.__version__
