@@ -45,13 +45,21 @@ def placement() -> Placement:
 
 
 class Child:
-    """One process; leaving its `with` ends it. Output goes to files in `folder`, or `piped` in and out to us.
+    """One process; leaving its `with` ends it. Output goes to files in `folder`, or `piped` in and out to us, or to a
+    descriptor of the caller's.
 
     It dies with this process even where that is killed, and gets no Ctrl-C of its own: the parent ends it.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], cpus: frozenset[int], folder: Path, *, piped: bool = False
+        self,
+        name: str,
+        command: Sequence[str],
+        cpus: frozenset[int],
+        folder: Path,
+        *,
+        piped: bool = False,
+        stderr: int | None = None,
     ) -> None:
         self.name = name
         self._out = folder / f"{name}.{time.monotonic_ns()}"
@@ -66,7 +74,7 @@ class Child:
                 command,
                 stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if piped else out,
-                stderr=err,
+                stderr=err if stderr is None else stderr,
                 cwd=FOLDER.parent.parent,
                 env=_environment(),
                 start_new_session=True,
@@ -147,7 +155,15 @@ def relay_kinds(names: Sequence[str]) -> list[Kind]:
     return [_kind(name) for name in names]
 
 
-def start_relay(kind: Kind, upstream_port: int, cpus: frozenset[int], folder: Path, **settings: float | str) -> Child:
+def start_relay(
+    kind: Kind,
+    upstream_port: int,
+    cpus: frozenset[int],
+    folder: Path,
+    *,
+    stderr: int | None = None,
+    **settings: float | str,
+) -> Child:
     """Starts a relay before the upstream; `settings` are aisse's, other relays have none."""
     address = f"http://127.0.0.1:{upstream_port}"
     if not kind.settings:
@@ -157,7 +173,7 @@ def start_relay(kind: Kind, upstream_port: int, cpus: frozenset[int], folder: Pa
         chosen = {"port": 0, "max_streams": 10_000, "silence_s": 600, "no_content_s": 600} | settings
         flags = [text for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", f"{value}")]
         command = [*kind.command, "--upstream", address, "--log-format", "json", *flags]
-    return Child(kind.name, command, cpus, folder)
+    return Child(kind.name, command, cpus, folder, stderr=stderr)
 
 
 def http_json(port: int, method: str, path: str) -> dict[str, Any]:

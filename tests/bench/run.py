@@ -1,5 +1,5 @@
 """Measures aisse beside the naive aiohttp relay and its twin in Node: CPU a token, latency, memory, lost tokens,
-and what it takes to read an answer again.
+what it takes to read an answer again, and a log that nobody reads.
 
 Upstream, relay and load are processes of their own, on CPUs of their own where there are two; every token is verified
 by its number. Prints one table to stdout, progress to stderr; the exit code is 1 where a bound was missed.
@@ -21,11 +21,12 @@ from pathlib import Path
 import resume
 import sections
 import shared
+import unread
 from measure import machine
 from processes import FOLDER, BenchError, Child, Kind, LoadDriver, placement, relay_kinds
 from table import NODE, Report, text
 
-_PARTS = ("throughput", "idle", "stalled", "resume", "shared")
+_PARTS = ("throughput", "idle", "stalled", "resume", "shared", "log")
 _RELAYS = ("aisse", "naive", "node")
 
 
@@ -89,6 +90,8 @@ def measure(asked: argparse.Namespace, kinds: Sequence[Kind]) -> Report:
             report.resume = {kind.name: resume.resume(ready, kind) for kind in kinds if kind.settings}
         if "shared" in asked.only:
             report.shared = {kind.name: shared.shared(ready, kind) for kind in kinds if kind.settings}
+        if "log" in asked.only:
+            report.unread = {kind.name: unread.unread(ready, kind) for kind in kinds if kind.settings}
     return report
 
 

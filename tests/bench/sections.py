@@ -61,6 +61,9 @@ class Scale:
     look_ups: int = 500
     overflow: int = 8000
     overflow_tokens: int = 24  # 5 KB
+    logged: int = 10_000
+    logged_at_once: int = 100
+    logged_tokens: int = 20
 
 
 QUICK = Scale(
@@ -92,6 +95,9 @@ QUICK = Scale(
     kept_few=10,
     look_ups=10,
     overflow=250,
+    logged=120,
+    logged_at_once=20,
+    logged_tokens=5,
 )
 
 
@@ -194,7 +200,7 @@ class Bench:
     @contextlib.contextmanager
     def relay(self, kind: Kind, **settings: float | str) -> Iterator[tuple[Target, Child]]:
         """A fresh relay process, and it as a target."""
-        with start_relay(kind, self.upstream_port, self.cpus.relay, self.folder, **settings) as child:
+        with start_relay(kind, self.upstream_port, self.cpus.relay, self.folder, stderr=None, **settings) as child:
             yield Target(kind.name, child.port(), child), child
 
 
@@ -256,7 +262,7 @@ def stalled(bench: Bench, kind: Kind) -> Stalled:
         p99["stalled"] = _window(bench, lambda: _until_evicted(bench, watch, evicts=kind.settings))
         if watch.evicted():
             watch.look(lambda: False, scale.after)
-        verdict = _finish(bench)
+        verdict = finish(bench)
     result = Stalled(
         readers=scale.stalled,
         before_kib=watch.before_kib,
@@ -291,7 +297,7 @@ def paced(
     time.sleep(seconds)
     got = bench.load.do("stop")
     late_ms = http_json(bench.upstream_port, "GET", "/stats")["late_ms"]["p99"]
-    verdict = _finish(bench)
+    verdict = finish(bench)
     busy = {name: cpu / got["seconds"] for name, cpu in got["cpu_s"].items()}
     offered, tokens = streams * scale.rate, got["tokens"] / got["seconds"]
     merged = got["tokens"] / max(got["reads"], 1)
@@ -332,9 +338,10 @@ def open_streams(
         raise BenchError(f"only {got['open']} of {count} streams opened: {got['failures']}{why}")
 
 
-def _finish(bench: Bench) -> dict[str, Any]:
-    """Lets the paced streams end, and holds what their readers got against what the upstream sent."""
-    http_json(bench.upstream_port, "POST", "/finish")
+def finish(bench: Bench, *, whole: bool = False) -> dict[str, Any]:
+    """Has the paced streams end, or waits for their `whole`; holds what came against what the upstream sent."""
+    if not whole:
+        http_json(bench.upstream_port, "POST", "/finish")
     bench.load.do("wait", limit_s=_END_S)
     return bench.load.do("verify", sent=http_json(bench.upstream_port, "GET", "/stats")["tokens"])
 

@@ -7,6 +7,7 @@ from statistics import median
 from resume import Kept, Replay, Resume
 from sections import DIRECT, Idle, Paced, Scale, Stalled
 from shared import Shared
+from unread import Round, Unread
 
 US = "aisse"
 NAIVE, NODE = "naive", "node"
@@ -28,6 +29,8 @@ SHARED_CPU = 1.5
 ELSEWHERE_MS = 60.0
 FOLLOWED_RATIO = 1.3
 CONNECTIONS = 10
+# "As in a run whose log is read": what a p99 of short answers moves from one run to the next.
+UNREAD_P99_OVER_MS = 5.0
 # "Not slower": what a median moves from one quiet run to the next.
 LOOK_UP_OVER_MS = 0.1
 
@@ -52,6 +55,7 @@ class Report:
     stalled: dict[str, Stalled] = field(default_factory=dict)
     resume: dict[str, Resume] = field(default_factory=dict)
     shared: dict[str, Shared] = field(default_factory=dict)
+    unread: dict[str, Unread] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         return [
@@ -60,6 +64,7 @@ class Report:
             *(_stalled_rows(self.stalled, self.scale) if self.stalled else []),
             *(_resume_rows(self.resume[US], self.scale) if US in self.resume else []),
             *(_shared_rows(self.shared[US], self.scale) if US in self.shared else []),
+            *(_unread_rows(self.unread[US], self.scale) if US in self.unread else []),
         ]
 
     def marks(self) -> list[str]:
@@ -313,6 +318,31 @@ def _memory(kept: Kept, what: str, limit_kib: float) -> Row:
         f"<= {limit_kib / 1024:g}",
         kept.resident_kib <= limit_kib,
     )
+
+
+def _unread_rows(ours: Unread, scale: Scale) -> list[Row]:
+    both = (ours.read, ours.unread)
+    over = median(
+        nobody.p99_ms - read.p99_ms for read, nobody in zip(ours.read.rounds, ours.unread.rounds, strict=True)
+    )
+
+    def medians(value: Callable[[Round], float], places: int) -> dict[str, str]:
+        return {US: " / ".join(f"{median(map(value, run.rounds)):.{places}f}" for run in both)}
+
+    return [
+        Row(f"{scale.logged:,} answers, {scale.logged_at_once} at a time, a log that is read / that nobody reads"),
+        Row("  lateness p50 of a round, ms", medians(lambda one: one.p50_ms, 2)),
+        Row("  lateness p99 of a round, ms", medians(lambda one: one.p99_ms, 2)),
+        Row("  p99 over read's, ms", {US: f"{over:+.2f}"}, f"<= {UNREAD_P99_OVER_MS:+g}", over <= UNREAD_P99_OVER_MS),
+        Row("  CPU us an answer", medians(lambda one: one.cpu_us, 0)),
+        Row(
+            "  log lines dropped, as it counts",
+            {US: " / ".join(f"{run.dropped:,}" for run in both)},
+            "0 / some",
+            ours.read.dropped == 0 < ours.unread.dropped,
+        ),
+        _verdicts({US: [one.verdict for run in both for one in run.rounds]}),
+    ]
 
 
 def _verdicts(verdicts: dict[str, list[dict[str, int]]]) -> Row:

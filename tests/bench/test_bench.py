@@ -45,7 +45,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     try:
         outcomes = {name: Outcome(process, folder / name) for name, process in started.items()}
         # By itself: with its engine and three relays it is as much as two others.
-        flags = ["--relays", "aisse,naive", "--only", "shared", "--no-fail"]
+        flags = ["--relays", "aisse,naive", "--only", "shared,log", "--no-fail"]
         started["shared"] = _start(flags, folder / "shared", None)
         outcomes["shared"] = Outcome(started["shared"], folder / "shared")
         yield outcomes
@@ -96,6 +96,16 @@ def test_quick_run_shares_every_token(outcomes: dict[str, Outcome]) -> None:
     assert shared["elsewhere"]["p50_ms"] > shared["shared"][0]["p50_ms"]
     assert 2 <= shared["connections"] <= 10
     assert "lateness elsewhere p99" in outcomes["shared"].table
+
+
+def test_quick_run_answers_where_nobody_reads_the_log(outcomes: dict[str, Outcome]) -> None:
+    """What is dropped is counted, once the pipe and the buffer are full; every answer is whole."""
+    logged = outcomes["shared"].record["unread"]["aisse"]
+    for run in (logged["read"], logged["unread"]):
+        assert len(run["rounds"]) > 1
+        assert all(_clean(one["verdict"]) for one in run["rounds"])
+    assert logged["unread"]["dropped"] > 0
+    assert "that nobody reads" in outcomes["shared"].table
 
 
 def test_quick_run_prints_table_with_bounds(outcomes: dict[str, Outcome]) -> None:
