@@ -27,6 +27,7 @@ _HEAD_BYTES = 64 << 10
 _TLS_READ_BYTES = 16 << 10
 _EVENT_STREAM = re.compile(rb"\r?\ncontent-type:[ \t]*text/event-stream[ \t]*[;\r\n]", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r?\ntransfer-encoding:[ \t]*chunked[ \t]*\r?\n", re.IGNORECASE)
+_FRAMED = re.compile(rb"\r?\n(?:content-length:|transfer-encoding:[^\r\n]*chunked)", re.IGNORECASE)
 _CODED = re.compile(rb"\r?\ncontent-encoding:(?![ \t]*identity[ \t]*\r?\n)", re.IGNORECASE)
 
 # Eight digits hold any chunk that fits into memory. An extension (after the semicolon) has no meaning for us.
@@ -52,8 +53,8 @@ _HEAD, _PLAIN, _SIZE, _DATA, _DATA_END, _TRAILER = _State
 class Body(asyncio.Protocol):
     """Takes a connection's place in front of aiohttp's protocol until the body has ended.
 
-    Made before the response's first byte is read. `size` counts the bytes given out; `ended` says that no more will
-    come, whether the body is whole or its connection was lost: an event stream says itself which of the two.
+    Made before the response's first byte is read. `size` counts the bytes given out; `begun` says that a byte of the
+    response has come, an interim one's included; `ended` that no more will, and `whole` that none is missing.
     """
 
     __slots__ = (
@@ -63,11 +64,15 @@ class Body(asyncio.Protocol):
         "_on_data",
         "_on_end",
         "_protocol",
+        "_reset",
         "_rest",
         "_state",
         "_transport",
+        "_until_close",
+        "begun",
         "ended",
         "size",
+        "whole",
     )
 
     def __init__(self, connection: Connection) -> None:
@@ -75,7 +80,9 @@ class Body(asyncio.Protocol):
         assert transport is not None
         assert protocol is not None
         self.size = 0
+        self.begun = False
         self.ended = False
+        self.whole = False
         self._transport: asyncio.Transport = transport
         # Over TLS, pausing stops what is given to us; this bounds what is read ahead of that.
         set_limits = getattr(transport, "set_read_buffer_limits", None)
@@ -85,6 +92,8 @@ class Body(asyncio.Protocol):
         self._state = _HEAD
         self._rest = b""  # not yet understood: part of a head, a line or a line end
         self._left = 0  # bytes that the chunk still has
+        self._until_close = False  # the end of the connection is that of the body (RFC 9112, section 6.3)
+        self._reset = False
         self._early: list[bytes] = []  # given out before anybody listened
         self._content: aiohttp.StreamReader | None = None
         self._on_data: Callable[[bytes], None] | None = None
@@ -157,6 +166,7 @@ class Body(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
+        self._reset = exc is not None
         self._protocol.connection_lost(exc)
         if self._state is _PLAIN:
             self._hand_out_plain()
@@ -175,6 +185,7 @@ class Body(asyncio.Protocol):
     # --- the head ---------------------------------------------------------------------------------------------
 
     def _read_head(self, data: bytes) -> None:
+        self.begun = True
         data = self._rest + data
         self._rest = b""
         while True:
@@ -200,6 +211,7 @@ class Body(asyncio.Protocol):
                 if rest:
                     self._read_chunks(rest)
                 return
+            self._until_close = _FRAMED.search(head) is None
             break
         self._state = _PLAIN
         self._protocol.data_received(data)
@@ -223,7 +235,9 @@ class Body(asyncio.Protocol):
             return
         # At the end aiohttp has the connection back already: what the last piece leads to must not touch it.
         on_end, self._on_end = self._on_end, None
-        self._end()
+        # aiohttp takes a connection that was reset for one that was closed, and its body for whole. Over TLS an end
+        # without a close_notify counts as a clean one, since uvloop does not tell: many servers end so.
+        self._end(whole=not broken and not (self._until_close and self._reset))
         self._hand_out(data)
         if on_end is not None:
             on_end()
@@ -282,7 +296,7 @@ class Body(asyncio.Protocol):
         """The body is whole: aiohttp takes its connection back into the pool, or closes it over what follows."""
         self._transport.set_protocol(self._protocol)
         self._protocol.data_received(_LAST_CHUNK + rest)
-        self._end()
+        self._end(whole=True)
 
     def _break(self, pieces: list[bytes]) -> None:
         """The chunks make no sense: nothing that follows can be trusted."""
@@ -301,10 +315,11 @@ class Body(asyncio.Protocol):
         else:
             self._early.append(data)
 
-    def _end(self) -> None:
+    def _end(self, *, whole: bool = False) -> None:
         if self.ended:
             return
         self.ended = True
+        self.whole = whole
         # By now the connection may be another response's, with a Body of its own.
         if self._transport.get_protocol() is self:
             self._transport.set_protocol(self._protocol)

@@ -2,7 +2,8 @@
 
 The grammar is WHATWG HTML, section 9.2.6 "Interpreting an event stream": lines end at LF, CRLF or CR and
 nowhere else (`str.splitlines` would also split at U+2028), one leading BOM is dropped, a blank line dispatches,
-an event without data is none, and what follows the last blank line is discarded at the end of the stream.
+an event without data is none, and what follows the last blank line is discarded at the end of the stream: `finish`
+alone reads on, where the body is known to be whole.
 """
 
 from __future__ import annotations
@@ -75,6 +76,18 @@ class Parser:
             carry += chunk[pos:]
             self._check_rest(events)
         return events
+
+    def finish(self) -> list[RawEvent]:
+        """The event that the end of the body ends in place of a blank line, if there is one. Nothing is fed after it.
+
+        WHATWG has it discarded, since a browser cannot tell a body that is whole from one that was cut, and so cannot
+        know that its last line is. Who calls this can: many servers leave the last blank line, or line end, out, and
+        what they lose by it is the event that says that the answer is complete.
+        """
+        block = bytes(self._carry).removesuffix(b"\n") if self._started else b""
+        self._carry.clear()
+        event = _parse_block(block)
+        return [event] if event is not None else []
 
     def _check_rest(self, events: list[RawEvent]) -> None:
         # A last LF may be half of what ends the event: it counts once something else follows.

@@ -129,6 +129,7 @@ class Fed:
         assert self.body.size == len(b"".join(self.out))
         assert all(self.out)  # never an empty piece
         how = "broken" if self.transport.aborted else "whole" if self.body.ended else "open"
+        assert self.body.whole is (how == "whole")
         return b"".join(self.out), how
 
     def end(self) -> None:
@@ -482,6 +483,46 @@ async def test_connection_lost_at_every_byte_gives_out_what_came_before(how: Cal
             response.close()
 
         await asyncio.gather(*map(one, range(len(wire) + 1)))
+
+
+WHOLE = [
+    ("fin", HEAD + WIRE, True),
+    ("fin", HEAD + WIRE[:-2], False),
+    ("fin", HEAD + WIRE[: -len(LAST_CHUNK)], False),
+    ("rst", HEAD + WIRE, True),
+    ("fin", head(framing=str(len(PAYLOAD))) + PAYLOAD, True),
+    ("rst", head(framing=str(len(PAYLOAD))) + PAYLOAD, True),
+    ("fin", head(framing=str(len(PAYLOAD))) + PAYLOAD[:-1], False),
+    ("fin", head(framing="close") + PAYLOAD, True),
+    ("rst", head(framing="close") + PAYLOAD, False),
+    ("fin", b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + PAYLOAD, True),
+    ("rst", b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + PAYLOAD, False),
+    # aiohttp's parser has these
+    ("fin", head("404 Not Found") + WIRE, True),
+    ("fin", head("404 Not Found") + WIRE[: -len(LAST_CHUNK)], False),
+]
+
+
+@pytest.mark.parametrize(("how", "wire", "whole"), WHOLE, ids=range(len(WHOLE)))
+@pytest.mark.parametrize("late", [False, True])
+async def test_body_is_whole_where_its_framing_says_so_and_nothing_else(
+    how: str, wire: bytes, whole: bool, late: bool
+) -> None:
+    """Whether somebody listens when its end comes, or later."""
+    async with raw_upstream(answering(wire, getattr(Connection, how))) as upstream, session() as client:
+        try:
+            response = await client.post(upstream.url)
+        except aiohttp.ClientError:
+            assert how == "rst"  # it may come before the head has been looked at
+            return
+        if late:
+            async with asyncio.timeout(5):
+                await upstream.connections[0].lost.wait()
+            await asyncio.sleep(0.05)  # nothing else says that what the kernel has was read
+        await received(response)
+        assert isinstance(response, UpstreamResponse)
+        assert response.raw_body.whole is whole
+        response.close()
 
 
 async def test_garbage_from_a_socket_ends_the_body_and_its_connection() -> None:

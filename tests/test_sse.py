@@ -446,3 +446,52 @@ def test_response_of_ours_is_read_by_the_other_parser_as_its_events_alone() -> N
 )
 def test_data_of_lines_is_their_values_joined(body: bytes, data: bytes) -> None:
     assert data_of(body) == data
+
+
+# --- the end of a body that is whole ------------------------------------------------------------------------------
+
+
+def finished(*chunks: bytes) -> list[RawEvent]:
+    """The events of a whole body: those that a blank line ends, and the one that its end does."""
+    parser = Parser(LARGE)
+    return [event for chunk in chunks for event in parser.feed(chunk)] + parser.finish()
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("missing", [1, 2])
+def test_last_event_is_taken_without_its_blank_line_or_its_line_end(line_end: str, missing: int) -> None:
+    lines = ["event: a", "data: 1", "", "event: b", "data: 2", "data: 3", "", ""]
+    stream = line_end.join(lines[: len(lines) - missing]).encode()
+    for at in range(len(stream) + 1):
+        assert finished(stream[:at], stream[at:]) == [
+            (b"a", b"event: a\ndata: 1"),
+            (b"b", b"event: b\ndata: 2\ndata: 3"),
+        ]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [b"", b"\n", b"\r", b"data: 1\n\n", b"event: a", b"event: a\n", b": comment", b"id: 1\n", BOM, BOM[:2], b"\n\n"],
+)
+def test_end_of_a_body_ends_no_event_where_there_is_none(stream: bytes) -> None:
+    parser = Parser(LARGE)
+    parser.feed(stream)
+    assert parser.finish() == []
+
+
+def test_byte_order_mark_is_no_part_of_an_event_that_the_end_ends() -> None:
+    assert finished(*single_bytes(BOM + b"data: 1")) == [(b"", b"data: 1")]
+
+
+@PROPERTY
+@given(
+    stream=st.lists(
+        st.sampled_from([b"data: 1", b"data:", b"event: a", b"id: 3", b": c", b"x", b"\n", b"\r", b"\r\n", b"\xef"]),
+        max_size=12,
+    ).map(b"".join),
+    places=st.lists(st.integers(0, 60), max_size=6),
+)
+def test_whole_body_has_the_events_that_a_blank_line_more_would_give(stream: bytes, places: list[int]) -> None:
+    """Of any stream, however it was split: its end is what two line ends would have been."""
+    expected = parse(stream + (b"\n\n" if not stream.endswith(b"\r") else b"\r\r"))
+    assert finished(*cut(stream, [min(place, len(stream)) for place in places])) == expected
