@@ -13,7 +13,7 @@ AisseError
 
 Messages say what to do and never carry keys, prompts, completions or an upstream's text.
 The one exception is UpstreamError.message, which is made for the client's eyes, is shortened,
-and goes out JSON-encoded only; logs carry its `kind` and `upstream_status`.
+and goes out JSON-encoded only; logs carry its `kind`, `upstream_status` and `cause`, which are words of ours.
 """
 
 from __future__ import annotations
@@ -103,9 +103,15 @@ class StreamError(AisseError):
 
 @dataclass(eq=False)
 class UpstreamError(StreamError):
-    """The upstream refused, broke off, kept silent, or sent an `error` event."""
+    """The upstream refused, broke off, kept silent, or sent an `error` event.
+
+    `cause` is for the operator, in our own words; None for what only the client can mend. `request_id` is the
+    upstream's own name for the request, where it told one.
+    """
 
     upstream_status: int | None = None
+    cause: str | None = None
+    request_id: str | None = None
 
 
 @dataclass(eq=False)

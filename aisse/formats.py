@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from aisse.sse import data_of
 
@@ -48,9 +48,12 @@ class AnthropicFormat:
             return CONTENT
         if event_type in {b"", b"message"}:  # clients cannot tell the two apart
             # Some compatible servers leave `event:` out; the data says the same.
-            named = _loads(data_of(body)).get("type")
+            data = _loads(data_of(body))
+            named = data.get("type")
             # JSON can spell lone surrogates, which do not encode.
             event_type = named.encode(errors="replace") if isinstance(named, str) else b""
+            if not event_type and data.get("error"):
+                return ERROR  # gateways in front of the API say theirs so
         if event_type == b"ping":
             return PING
         if event_type == b"message_stop":
@@ -76,13 +79,114 @@ class AnthropicFormat:
                 self._usage[name] = count
 
 
-def error_of(payload: bytes) -> tuple[str, str]:
-    """Type and message of an error's JSON, `{"type": "error", "error": {"type", "message"}}`; empty where missing."""
-    error = _loads(payload).get("error")
-    if not isinstance(error, dict):
-        return "", ""
-    kind, message = error.get("type"), error.get("message")
-    return kind if isinstance(kind, str) else "", message if isinstance(message, str) else ""
+class Said(NamedTuple):
+    """What an upstream says of an error: its message, empty where there is none, and what names its kind."""
+
+    message: str = ""
+    kinds: tuple[str, ...] = ()
+    """Codes and types, in its own words, what says most first."""
+    status: int | None = None
+    """An HTTP status that its JSON carries."""
+
+
+# Where the words stand, what says most first: the Messages API and OpenAI, FastAPI, OAuth, RFC 9457.
+_INNER = ("error", "errors", "detail", "message")
+_WORDS = ("message", "msg", "detail", "error_description", "error_message", "error", "title", "reason")
+_NESTING = 8
+_LISTED = 3
+
+# A plain text's first line; more is a traceback, or a page.
+_LINE_CHARS = 200
+
+# JSON that was cut off where our patience ended: FastAPI's quote the whole request behind the words.
+_CUT_WORDS = re.compile(r'"(?:message|msg|detail|error)" ?: ?"((?:[^"\\]|\\.)*+)"')
+
+
+def error_of(payload: bytes) -> Said:
+    """What the body of an error, or the data of an `error` event, says, whatever its shape; nothing is made up.
+
+    `{"type": "error", "error": {"type", "message"}}` is the API's own. In the field there are also `{"error": "text"}`,
+    `{"detail": ...}`, `{"message": ...}`, lists of these, errors inside errors, and plain text. A page says nothing.
+    """
+    text = payload.decode(errors="replace").removeprefix("\ufeff").strip()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return _said_as_text(text)
+    return _said(value, _NESTING)
+
+
+def _said_as_text(text: str) -> Said:
+    if text.startswith(("{", "[")):
+        found = _CUT_WORDS.search(text)
+        return Said(_unescaped(found[1])) if found else Said()
+    line = text.partition("\n")[0].strip()
+    # A page, or no text at all: what the status says is more.
+    if text.startswith("<") or not line.replace("\t", " ").isprintable() or "\ufffd" in line:
+        return Said()
+    return Said(line[:_LINE_CHARS])
+
+
+def _unescaped(spelt: str) -> str:
+    try:
+        text: str = json.loads(f'"{spelt}"')
+    except ValueError:
+        return ""
+    return text
+
+
+def _said(value: Any, depth: int) -> Said:
+    if depth == 0:
+        return Said()
+    if isinstance(value, str):
+        # Gateways put what they were told into a string.
+        inner = _loads(value.encode(errors="replace")) if value.lstrip().startswith("{") else None
+        return _said(inner, depth - 1) if inner else Said(value.strip())
+    if isinstance(value, list):
+        found = [_said(item, depth - 1) for item in value[:_LISTED]]
+        message = "; ".join(said.message for said in found if said.message)
+        return found[0]._replace(message=message) if found else Said()
+    if isinstance(value, dict):
+        return _said_by_object(value, depth)
+    return Said()
+
+
+def _said_by_object(value: dict[str, Any], depth: int) -> Said:
+    kinds = tuple(word for name in ("code", "type", "status") if isinstance(word := value.get(name), str) and word)
+    numbers = (value.get(name) for name in ("status", "code", "status_code", "statusCode"))
+    status = next((number for number in numbers if type(number) is int and 400 <= number < 600), None)
+    for name in _INNER:
+        if isinstance(value.get(name), dict | list):
+            inner = _said(value[name], depth - 1)
+            if inner.message or inner.kinds:
+                message = inner.message or _words(value, depth).message
+                return Said(message, inner.kinds + kinds, inner.status or status)
+    words = _words(value, depth)
+    if isinstance(error := value.get("error"), str) and words.message != error.strip():
+        kinds = (error, *kinds)  # OAuth: a word for machines, beside one for people
+    return Said(words.message, words.kinds + kinds, words.status or status)
+
+
+def _words(value: dict[str, Any], depth: int) -> Said:
+    for name in _WORDS:
+        if isinstance(text := value.get(name), str) and text.strip():
+            said = _said(text, depth - 1)
+            # What pydantic says of a field is nothing without the field.
+            where = value.get("loc")
+            if isinstance(where, list) and said.message:
+                path = ".".join(str(part) for part in where if isinstance(part, str | int) and part != "body")
+                said = said._replace(message=f"{path}: {said.message}" if path else said.message)
+            return said
+    return Said()
+
+
+def is_json(payload: bytes) -> bool:
+    """Whether a text is JSON to its end, as the data of every event of this API is."""
+    try:
+        json.loads(payload)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _loads(payload: bytes) -> dict[str, Any]:

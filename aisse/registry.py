@@ -14,6 +14,7 @@ import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import structlog
@@ -83,6 +84,8 @@ class Registry:
         self._output_tokens = 0  # of streams that have ended
         self.loop_lag_s = 0.0
         self._failures_in_a_row = 0
+        self._failing_since = 0.0  # seconds since 1970, of the first in a row
+        self._failing_because = ""  # the last one's cause
         self._content_events = 0  # of streams that have ended
         self._rate = Rate(span_s=10)
 
@@ -310,10 +313,12 @@ class Registry:
         self._content_events += stream.content_events
         if reason not in _NOT_FAILED:
             self.failed += 1
+        error = stream.error
+        cause = error.cause if isinstance(error, UpstreamError) else None
         if reason in {Reason.ERROR, Reason.TRUNCATED, Reason.TIMEOUT}:
             # 4xx are the request's fault and say nothing about the upstream's health.
-            if not (isinstance(stream.error, UpstreamError) and stream.error.status < 500):
-                self._failures_in_a_row += 1
+            if not (isinstance(error, UpstreamError) and error.status < 500):
+                self._failing(stream, cause)
         elif reason is Reason.COMPLETE:
             self._failures_in_a_row = 0
         if stream.refusal is None:
@@ -326,7 +331,7 @@ class Registry:
                 self._shared.withdraw(stream.id, stream.key)
         if self._shared is not None:
             self._shared.nobody_elsewhere(stream)
-        error = stream.error
+        owned = self._relays.get(stream.id)
         _log.info(
             "stream ended",
             stream_id=stream.id[:8],
@@ -337,9 +342,18 @@ class Registry:
             duration_s=round(stream.ended - stream.created, 3),
             error_type=error.kind if error is not None else None,
             upstream_status=error.upstream_status if isinstance(error, UpstreamError) else None,
+            upstream_error=cause,
+            upstream_request_id=owned[0].request_id if owned is not None else None,
             **stream.usage,
         )
         self._tell_idle()
+
+    def _failing(self, stream: Stream, cause: str | None) -> None:
+        assert stream.ended_at is not None
+        if not self._failures_in_a_row:
+            self._failing_since = stream.ended_at
+        self._failures_in_a_row += 1
+        self._failing_because = cause or "for a reason inside this server"
 
     # --- memory -----------------------------------------------------------------------------------------------
 
@@ -484,7 +498,11 @@ class Registry:
         if self.loop_lag_s > _LAG_S:
             troubles.append(f"the event loop is {self.loop_lag_s * 1000:.0f} ms late")
         if self._failures_in_a_row >= _FAILURES:
-            troubles.append(f"the last {self._failures_in_a_row} answers of the upstream failed")
+            since = datetime.fromtimestamp(self._failing_since, UTC).isoformat(timespec="seconds")
+            troubles.append(
+                f"the last {self._failures_in_a_row} answers of the upstream failed, "
+                f"since {since.replace('+00:00', 'Z')}, the last one: {self._failing_because}"
+            )
         if len(self._running) >= self._settings.max_streams:
             troubles.append("max_streams is reached; new streams get 503")
         if self._memory.used >= self._memory.limit and not any(s.readers == 0 for s in self._finished.values()):

@@ -11,9 +11,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aisse.errors import LimitError, StreamError, UpstreamError
-from aisse.formats import END, ERROR, PING, RESERVED, AnthropicFormat, Mark
+from aisse.formats import END, ERROR, PING, RESERVED, AnthropicFormat, Mark, is_json
 from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
-from aisse.stream import Reason, Stream
+from aisse.stream import Reason, Stream, failure
 
 if TYPE_CHECKING:
     from aisse.body import Body
@@ -46,9 +46,12 @@ class Relay:
         "_stream",
         "_upstream",
         "_waiter",
+        "request_id",
     )
 
     def __init__(self, stream: Stream, upstream: Upstream, body: bytes, settings: Settings) -> None:
+        self.request_id: str | None = None
+        """The upstream's name for the request, where it has said one."""
         self._loop = asyncio.get_running_loop()
         self._stream = stream
         self._upstream = upstream
@@ -77,11 +80,13 @@ class Relay:
         except UpstreamError as error:
             # The stream keeps its error; the frames that it came through would keep the request with it.
             error.__cause__ = error.__context__ = None
+            self.request_id = error.request_id
             reason = Reason.TIMEOUT if error.status == 504 else Reason.ERROR
             self._stream.finish(reason, error.with_traceback(None))
             return
         finally:
             self._body = b""
+        self.request_id = response.request_id
         try:
             await self._pump(response)
             await self._read_tail()
@@ -105,15 +110,15 @@ class Relay:
             self._events = self._stream.content_events
             self._last_content = now
         if now - self._created >= settings.stream_s:
-            return UpstreamError("timeout_error", "the answer took longer than the server allows", 504)
+            return _late("the answer took longer than the server allows", "took longer than stream_s")
         if self._last_byte == 0.0:
             if now - self._created >= settings.first_byte_s:
-                return UpstreamError("timeout_error", "the upstream did not begin its answer in time", 504)
+                return _late("the upstream did not begin its answer in time", "no answer within first_byte_s")
             return None
         if now - self._last_byte >= settings.silence_s:
-            return UpstreamError("timeout_error", "the upstream fell silent", 504)
+            return _late("the upstream fell silent", "silent for silence_s")
         if now - self._last_content >= settings.no_content_s:
-            return UpstreamError("timeout_error", "the upstream sends pings only", 504)
+            return _late("the upstream sends pings only", "pings only for no_content_s")
         return None
 
     async def _pump(self, response: UpstreamResponse) -> None:
@@ -168,8 +173,16 @@ class Relay:
             self._wake()
 
     def _receive_end(self) -> None:
-        if self._bug is None:
-            self._stream.finish(Reason.TRUNCATED)
+        stream, body = self._stream, self._response_body
+        assert body is not None
+        try:
+            if stream.reason is None and self._bug is None and body.whole:
+                # Half of an event may look like a whole one where a server crashed; half of its JSON does not.
+                self._publish([event for event in self._parser.finish() if is_json(data_of(event[1]))])
+        except Exception as error:
+            self._bug = error
+        if self._bug is None and stream.reason is None:
+            stream.finish(Reason.TRUNCATED, _broken_off(body))
         self._wake()
 
     def _refuse_event(self, error: EventTooLargeError) -> None:
@@ -223,3 +236,14 @@ class Relay:
                     await self._woken()
         except TimeoutError:
             pass  # the answer is complete; only the connection is lost
+
+
+def _late(message: str, cause: str) -> UpstreamError:
+    return UpstreamError("timeout_error", message, 504, cause=cause)
+
+
+def _broken_off(body: Body) -> UpstreamError:
+    cause = "ended without its last event" if body.whole else "connection lost in the middle of the answer"
+    error = failure(Reason.TRUNCATED)
+    assert error is not None
+    return UpstreamError(error.kind, error.message, error.status, cause=cause)

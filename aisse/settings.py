@@ -90,7 +90,8 @@ class Settings(BaseModel):
     cors_origins: Names = _field((), "exact origins of other sites whose pages may call, e.g. https://app.example")
 
     upstream: str = _field(
-        "https://api.ezaiapi.com", "base URL of an Anthropic-compatible API, or `simulator` or `local`"
+        "https://api.ezaiapi.com",
+        "base URL of an Anthropic-compatible API, with or without /v1, or `simulator` or `local`",
     )
     upstream_key: SecretStr | None = _field(None, "API key for the upstream, whatever its host")
     proxy_from_env: bool = _field(False, "reach the upstream through HTTP_PROXY/HTTPS_PROXY")

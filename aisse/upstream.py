@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import re
+import select
 import socket
 import urllib.request
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from aiohttp.payload import Payload
 from yarl import URL
 
+import aisse
 from aisse.body import Body
-from aisse.errors import MESSAGE_CHARS, ConfigError, UpstreamError
+from aisse.errors import ConfigError, UpstreamError
+from aisse.failures import refusal, request_id, said_error, said_in_success, unreachable
 from aisse.formats import error_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
     from aisse.settings import Settings
@@ -31,11 +38,17 @@ PROVIDER_KEYS = (("EZAI_API_KEY", "ezaiapi.com", True), ("ANTHROPIC_API_KEY", "a
 _ERROR_BODY_BYTES = 16 << 10
 _ERROR_BODY_S = 5.0
 
-# What keys look like, whoever's they are: an upstream's message may quote one.
-_KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|key|ezai|bearer|api[_-]?key)[-_ :=]+[A-Za-z0-9._~+/-]{8,}=*|[A-Za-z0-9_-]{40,}")
+# Idle connections are kept for less than the 5 s after which uvicorn and Node close theirs, so that most are closed by
+# us and not in the moment in which a question leaves. Looking at the connection and asking again are for the rest (2 s
+# of gunicorn, a balancer that restarts): to keep them shorter would cost a quiet server a TLS handshake a question.
+_IDLE_S = 4.0
 
-# RFC 9110, section 10.2.3: seconds, or a date. Nothing else gets through to clients.
-_RETRY_AFTER = re.compile(r"[0-9]{1,6}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
+# A request that got no answer within this, on a connection that had been idle, met the close of it: what the upstream
+# would have read of it before closing, it would have answered. Later it may have been generated, and billed.
+_CLOSING_S = 1.0
+
+# A body is written in pieces of this size; below it, what was written is with the kernel as good as at once.
+_PIECE_BYTES = 64 << 10
 
 
 def key_for(base_url: str, settings: Settings, environ: Mapping[str, str]) -> tuple[str, str] | None:
@@ -86,21 +99,139 @@ def _belongs(url: URL, domain: str, subdomains: bool) -> bool:
     return re.fullmatch(rf"{labels}{re.escape(domain)}\.?", (url.host or "").lower()) is not None
 
 
+class _Question(Payload):
+    """A request's body, and what becomes of it on its way: whether the same request may be sent again."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body, content_type="application/json")
+        self._size = len(body)
+        self._sent: float | None = None
+        self.reused = False
+        """Whether its connection had carried an answer before."""
+        self.answered = False
+        """Whether a byte of an answer has come, an interim one's included: the upstream has read the request then."""
+
+    def met_a_close(self) -> bool:
+        """Whether an idle connection closed before the request had got through, now that it has failed."""
+        if not self.reused or self.answered:
+            return False
+        return self._sent is None or asyncio.get_running_loop().time() - self._sent <= _CLOSING_S
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Writes it to the connection, and notes when it has left."""
+        body: bytes = self._value
+        for start in range(0, len(body), _PIECE_BYTES):
+            await writer.write(body[start : start + _PIECE_BYTES] if len(body) > _PIECE_BYTES else body)
+        if len(body) > _PIECE_BYTES:
+            await _written(writer)
+        self._sent = asyncio.get_running_loop().time()
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        """As `write`: the length is the body's own."""
+        assert content_length == self._size
+        await self.write(writer)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The body as text."""
+        body: bytes = self._value
+        return body.decode(encoding, errors)
+
+
+async def _written(writer: AbstractStreamWriter) -> None:
+    """Returns once the kernel has everything that was written, or the connection is lost."""
+    transport = writer.transport
+    if transport is None:
+        return
+    # Not 0: over TLS a connection with nothing to write would count as full.
+    transport.set_write_buffer_limits(high=1, low=0)
+    try:
+        await writer.drain()
+    finally:
+        transport.set_write_buffer_limits()
+
+
+class _Request(aiohttp.ClientRequest):
+    """A request whose body knows what connection it goes out on."""
+
+    fresh = False
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        """Begins to send it."""
+        question = self.body
+        assert isinstance(question, _Question)
+        question.reused = not self.fresh
+        response = await super().send(conn)
+        assert isinstance(response, UpstreamResponse)
+        response.question = question
+        return response
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Connections that are looked at before they are used again, and requests that know whether theirs is fresh."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._poll = select.poll()
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Any],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's
+    ) -> Connection:
+        """A connection that is open as far as this machine knows now."""
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            if getattr(req, "fresh", True) or self._is_idle(connection.protocol):
+                return connection
+            connection.close()
+
+    async def _create_connection(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Any],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's
+    ) -> ResponseHandler:
+        if isinstance(req, _Request):
+            req.fresh = True
+        return await super()._create_connection(req, traces, timeout)
+
+    def _is_idle(self, protocol: ResponseHandler | None) -> bool:
+        """Whether nothing has come: to a connection without a question, that is its end, or an answer to none."""
+        if protocol is None or protocol.transport is None or protocol.should_close:
+            return False
+        descriptor = protocol.transport.get_extra_info("socket").fileno()
+        if descriptor < 0:
+            return False
+        # The loop has not looked since it last slept, and has had a hundred questions to see to meanwhile.
+        self._poll.register(descriptor, select.POLLIN)
+        try:
+            return not self._poll.poll(0)
+        finally:
+            self._poll.unregister(descriptor)
+
+
 class UpstreamResponse(aiohttp.ClientResponse):
     """A response whose body is also given out as it comes, by `raw_body`."""
 
     raw_body: Body
+    question: _Question | None = None
+    request_id: str | None = None
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Puts the Body in place before the first byte of the response is read."""
+        # Not kept: the answer may go on for an hour, and the question be large.
+        question, self.question = self.question, None
         protocol = connection.protocol
         if protocol is None or protocol.should_close:
-            # While it was idle something came that nobody had asked for: aiohttp would take it for this answer.
+            # Something came that nobody had asked for: aiohttp would take it for this answer.
             raise aiohttp.ServerDisconnectedError
         self.raw_body = Body(connection)
         try:
             return await super().start(connection)
         except BaseException:
+            if question is not None:
+                question.answered = self.raw_body.begun
             self.raw_body.abort()
             raise
 
@@ -110,104 +241,119 @@ class Upstream:
 
     def __init__(self, base_url: str, settings: Settings, *, key: str | None = None, name: str | None = None) -> None:
         self.name = name or base_url
-        self._url = URL(base_url + "/v1/messages")
+        self._url = _endpoint(base_url)
         self._settings = settings
         self._key = key
         self._session: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
         if settings.proxy_from_env and not urllib.request.proxy_bypass(self._url.host or ""):
             # Not by aiohttp's trust_env, which would send what ~/.netrc has for the host, too.
             self._proxy = urllib.request.getproxies().get(self._url.scheme)
 
     async def start(self) -> None:
-        """Opens the session; nothing is sent yet."""
+        """Opens the sessions; nothing is sent yet."""
+        self._session = self._open_session(keepalive_timeout=_IDLE_S)
+        # What is asked again must not meet another connection that is about to close.
+        self._fresh = self._open_session(force_close=True)
+
+    def _open_session(self, **options: Any) -> aiohttp.ClientSession:
         settings = self._settings
         headers = {
             "Accept": "text/event-stream",
             # A compressed stream would be held back until the compressor has enough.
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
+            "User-Agent": f"aisse/{aisse.__version__}",
             "anthropic-version": ANTHROPIC_VERSION,
         }
         if self._key is not None:
             headers["x-api-key"] = self._key
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=self._socket),
+        return aiohttp.ClientSession(
+            connector=_Connector(limit=0, socket_factory=self._socket, **options),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
             # Every other limit is the registry's sweep: a timer per read would cost more than the read.
             timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_s),
             read_bufsize=16 << 10,
+            # aiohttp fails at the head where it lacks a coding's library, and then nobody knows why.
+            auto_decompress=False,
+            request_class=_Request,
             response_class=UpstreamResponse,
         )
 
     async def close(self) -> None:
         """Closes every connection. Idempotent."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._fresh):
+            if session is not None:
+                await session.close()
+        self._session = self._fresh = None
 
     async def open(self, body: bytes) -> UpstreamResponse:
         """Sends one request and returns its response at its headers: 200 and an event stream.
 
-        The caller closes the response. Raises UpstreamError for anything else; cancellation closes the connection.
+        A request that met the close of an idle connection (RFC 9112, section 9.3.1) is sent once more, at once, on a
+        connection of its own. The caller closes the response. Raises UpstreamError for anything else; cancellation
+        closes the connection.
         """
-        assert self._session is not None
         try:
-            response = await self._session.post(self._url, data=body, allow_redirects=False, proxy=self._proxy)
+            response = await self._ask(body)
         except aiohttp.ConnectionTimeoutError as error:
-            raise UpstreamError("timeout_error", "the upstream could not be reached in time", 504) from error
+            raise UpstreamError(
+                "timeout_error", "the upstream could not be reached in time", 504, cause=unreachable(error)
+            ) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamError("api_error", "the upstream could not be reached") from error
-        assert isinstance(response, UpstreamResponse)
+            raise UpstreamError("api_error", "the upstream could not be reached", cause=unreachable(error)) from error
         try:
-            if response.status != 200:
-                raise await self._refusal(response)
-            if response.content_type != "text/event-stream":
-                raise UpstreamError("api_error", "the upstream answered with something else than a stream")
-            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise UpstreamError("api_error", "the upstream compresses its stream, which it was asked not to do")
+            response.request_id = request_id(response.headers, self._key)
+            if (refused := await self._refusal(response)) is not None:
+                refused.request_id = response.request_id
+                raise refused
         except BaseException:
             response.close()
             raise
         return response
 
+    async def _ask(self, body: bytes) -> UpstreamResponse:
+        assert self._session is not None
+        assert self._fresh is not None
+        question = _Question(body)
+        try:
+            response = await self._post(self._session, question)
+        except (aiohttp.ClientError, OSError):
+            if not question.met_a_close():
+                raise
+        else:
+            # What some servers say as they close an idle connection, RFC 9110, section 15.5.9: no request has come.
+            if not (response.status == 408 and question.met_a_close()):
+                return response
+            response.close()
+        return await self._post(self._fresh, _Question(body))
+
+    async def _post(self, session: aiohttp.ClientSession, question: _Question) -> UpstreamResponse:
+        response = await session.post(self._url, data=question, allow_redirects=False, proxy=self._proxy)
+        assert isinstance(response, UpstreamResponse)
+        return response
+
     def failure(self, payload: bytes) -> UpstreamError:
         """The error that an upstream's `error` event stands for, with the status a real one would have had."""
-        kind, message = error_of(payload)
-        return self._error(_STATUS_OF_KIND.get(kind, 500), kind, message, None)
+        return said_error(error_of(payload), self._key)
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
-        payload = b""
-        try:
-            async with asyncio.timeout(_ERROR_BODY_S):
-                while len(payload) < _ERROR_BODY_BYTES and (part := await response.content.readany()):
-                    payload += part
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            pass  # the status alone says enough
-        kind, message = error_of(payload[:_ERROR_BODY_BYTES])
-        return self._error(response.status, kind, message, response.headers.get("Retry-After"))
-
-    def _error(self, status: int, kind: str, message: str, retry_after: str | None) -> UpstreamError:
-        if status in {401, 403}:
-            # Our key, our fault; what the upstream says of it is not for clients.
-            return UpstreamError("api_error", "the upstream did not accept this server's key", 502, None, status)
-        if 300 <= status < 400:
-            return UpstreamError("api_error", "the upstream redirects; set its final address", 502, None, status)
-        ours = {400: 400, 413: 413, 422: 422, 429: 429, 503: 503, 504: 504, 529: 503}.get(status, 502)
-        if kind not in _KINDS:  # it goes into the log, where no text of an upstream's may
-            kind = "rate_limit_error" if status == 429 else "invalid_request_error" if ours < 500 else "api_error"
-        if retry_after is None or _RETRY_AFTER.fullmatch(retry_after) is None:
-            retry_after = None
-        text = self._clean(message) or f"the upstream answered with status {status}"
-        return UpstreamError(kind, text, ours, retry_after if ours in {429, 503} else None, status)
-
-    def _clean(self, text: str) -> str:
-        """An upstream's words for a client's eyes: one line, without what looks like a key, shortened."""
-        if self._key is not None:
-            text = text.replace(self._key, "[removed]")
-        text = _KEY_LIKE.sub("[removed]", "".join(c if c.isprintable() else " " for c in text[: 8 * MESSAGE_CHARS]))
-        return text if len(text) <= MESSAGE_CHARS else text[: MESSAGE_CHARS - 1] + "…"
+    async def _refusal(self, response: UpstreamResponse) -> UpstreamError | None:
+        """Why a response is no stream to relay; None if it is one."""
+        if response.status != 200:
+            return refusal(response.status, response.headers, await _error_body(response), self._key)
+        if response.content_type != "text/event-stream":
+            return said_in_success(response.headers, await _error_body(response), self._key)
+        if (coding := _coding(response)) != "identity":
+            known = coding if coding in _CODINGS else "a coding that is not known here"
+            return UpstreamError(
+                "api_error",
+                "the upstream compresses its stream, which it was asked not to do",
+                upstream_status=200,
+                cause=f"compresses its stream ({known}) though asked not to; turn that off for event streams",
+            )
+        return None
 
     def _socket(self, address: tuple[Any, ...]) -> socket.socket:
         family, kind, proto, _, _ = address
@@ -217,14 +363,38 @@ class Upstream:
         return sock
 
 
-_STATUS_OF_KIND = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
-_KINDS = _STATUS_OF_KIND.keys() | {"api_error", "billing_error"}
+def _endpoint(base_url: str) -> URL:
+    """Where questions go: people paste the URL that their other tools want, which ends in `/v1`, or in all of it."""
+    url = URL(base_url)
+    path = re.sub(r"/v1(?:/messages)?$", "", url.raw_path.rstrip("/"))
+    return url.with_path(f"{path}/v1/messages", encoded=True)
+
+
+def _coding(response: aiohttp.ClientResponse) -> str:
+    return ", ".join(response.headers.getall("Content-Encoding", ())).strip().lower() or "identity"
+
+
+async def _error_body(response: aiohttp.ClientResponse) -> bytes:
+    """What an error says, as far as it comes soon and is short; empty where it cannot be read."""
+    payload = b""
+    try:
+        async with asyncio.timeout(_ERROR_BODY_S):
+            while len(payload) < _ERROR_BODY_BYTES and (part := await response.content.readany()):
+                payload += part
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        pass  # what has come, or the status alone, says enough
+    payload = payload[:_ERROR_BODY_BYTES]
+    match _coding(response):
+        case "identity":
+            return payload
+        case "gzip" | "x-gzip" | "deflate":
+            try:
+                return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(payload, _ERROR_BODY_BYTES)
+            except zlib.error:
+                return b""
+        case _:
+            return b""
+
+
+# RFC 9110, section 8.4.1, and what has been registered since: these words may go into the log.
+_CODINGS = frozenset({"br", "compress", "deflate", "gzip", "x-gzip", "x-compress", "zstd", "dcb", "dcz"})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     Answer = Callable[["Request", "Connection"], Awaitable[None]]
@@ -43,6 +44,7 @@ class Connection(asyncio.Protocol):
         self._received = b""
         self._room = asyncio.Event()
         self._room.set()
+        self.requests = 0
         self.lost = asyncio.Event()
         """Set once the connection is gone, whoever closed it."""
 
@@ -101,6 +103,7 @@ class Connection(asyncio.Protocol):
                 return
             request = Request(line, headers, self._received[end + 4 : whole])
             self._received = self._received[whole:]
+            self.requests += 1
             self._upstream.take(request, self)
 
     def pause_writing(self) -> None:
@@ -117,7 +120,8 @@ class Connection(asyncio.Protocol):
 class RawUpstream:
     """The server. `requests` and `connections` hold all there were, in order."""
 
-    def __init__(self, answer: Answer, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, answer: Answer, tasks: asyncio.TaskGroup, tls: ssl.SSLContext | None) -> None:
+        self._tls = tls
         self.url = ""
         self.requests: list[Request] = []
         self.connections: list[Connection] = []
@@ -136,9 +140,13 @@ class RawUpstream:
         await self._answer(request, connection)
 
     async def start(self, host: str) -> asyncio.Server:
-        server = await asyncio.get_running_loop().create_server(lambda: Connection(self), host, 0, backlog=4096)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self), host, 0, backlog=4096, ssl=self._tls
+        )
         port = server.sockets[0].getsockname()[1]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._tls is not None else "http"
+        self.url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        self.server = server
         return server
 
     def close(self) -> None:
@@ -150,14 +158,16 @@ class RawUpstream:
 
 
 @contextlib.asynccontextmanager
-async def raw_upstream(answer: Answer, host: str = "127.0.0.1") -> AsyncIterator[RawUpstream]:
+async def raw_upstream(
+    answer: Answer, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[RawUpstream]:
     """A server whose every request is answered by `answer(request, connection)`, until the block ends.
 
     What is raised in `answer` ends the block at once, and is raised there.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
-            upstream = RawUpstream(answer, tasks)
+            upstream = RawUpstream(answer, tasks, tls)
             server = await upstream.start(host)
             try:
                 yield upstream

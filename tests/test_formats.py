@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aisse.formats import AnthropicFormat, Mark, compact, error_of
+from aisse.formats import AnthropicFormat, Mark, Said, compact, error_of, is_json
 from aisse.sse import Parser
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -117,7 +117,7 @@ def test_nesting_of_any_depth_is_survived(nest: str, depth: int) -> None:
     for event_type in (b"message_start", b"message_delta"):
         assert observe(b"event: %b\ndata: %b\n\n" % (event_type, data), usage) == [Mark.CONTENT]
     assert observe(b"data: %b\n\n" % data, usage)[0] in {Mark.CONTENT, Mark.END}
-    assert error_of(b'{"error":%b}' % data)[0] in {"", "message_stop"}
+    assert error_of(b'{"error":%b}' % data).message == ""
     assert usage == none_used()
 
 
@@ -210,32 +210,139 @@ def test_usage_of_an_unreadable_event_changes_nothing(event_type: str, data: str
 
 def test_error_has_type_and_message() -> None:
     payload = b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"},"request_id":"req_1"}'
-    assert error_of(payload) == ("overloaded_error", "Overloaded")
+    assert error_of(payload) == Said("Overloaded", ("overloaded_error", "error"))
 
 
 @pytest.mark.parametrize(
-    ("payload", "expected"),
+    ("payload", "message", "kinds", "status"),
     [
-        (b'{"error":{"type":"a"}}', ("a", "")),
-        (b'{"error":{"message":"b"}}', ("", "b")),
-        (b'{"error":{"type":1,"message":["b"]}}', ("", "")),
-        (b'{"error":{"type":"a","message":null}}', ("a", "")),
-        (b'{"error":"b"}', ("", "")),
-        (b'{"error":null}', ("", "")),
-        (b'{"error":["a","b"]}', ("", "")),
-        (b'{"type":"error","message":"b"}', ("", "")),
-        (b"{}", ("", "")),
-        (b"[]", ("", "")),
-        (b"", ("", "")),
-        (b"<html>502 Bad Gateway</html>", ("", "")),
-        (b'{"error":{"type":"a","message":"b"}', ("", "")),
-        (b'{"error":{"type":"\xff","message":"b"}}', ("", "")),
-        (b"\x1f\x8b\x08\x00", ("", "")),
-        ('{"error":{"type":"a","message":"\u00e4\u2028\\n"}}'.encode(), ("a", "\u00e4\u2028\n")),
+        # Ollama, and what many write by hand
+        ({"error": "model is required"}, "model is required", (), None),
+        ({"error": "x", "message": "y"}, "y", ("x",), None),
+        # OpenAI
+        (
+            {"error": {"message": "m", "type": "tokens", "param": None, "code": "rate_limit_exceeded"}},
+            "m",
+            ("rate_limit_exceeded", "tokens"),
+            None,
+        ),
+        # vLLM
+        ({"object": "error", "message": "m", "type": "BadRequestError", "code": 400}, "m", ("BadRequestError",), 400),
+        ({"error": {"message": "m", "type": "NotFoundError", "code": 404}}, "m", ("NotFoundError",), 404),
+        # FastAPI
+        ({"detail": "m"}, "m", (), None),
+        ({"detail": {"error": "m"}}, "m", (), None),
+        (
+            {"detail": [{"loc": ["body", "model"], "msg": "field required", "type": "missing"}]},
+            "model: field required",
+            ("missing",),
+            None,
+        ),
+        (
+            {"detail": [{"loc": ["body", "messages", 0], "msg": "a"}, {"msg": "b"}, {"msg": "c"}, {"msg": "d"}]},
+            "messages.0: a; b; c",
+            (),
+            None,
+        ),
+        # NestJS, Spring
+        ({"statusCode": 400, "message": ["a", "b"], "error": "Bad Request"}, "a; b", (), 400),
+        ({"status": 404, "error": "Not Found", "path": "/v1"}, "Not Found", (), 404),
+        # OAuth, RFC 9457, Google
+        ({"error": "invalid_grant", "error_description": "m"}, "m", ("invalid_grant",), None),
+        ({"type": "about:blank", "title": "t", "status": 403, "detail": "m"}, "m", ("about:blank",), 403),
+        ({"title": "t", "status": 503}, "t", (), 503),
+        (
+            [{"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED"}}],
+            "m",
+            ("RESOURCE_EXHAUSTED",),
+            429,
+        ),
+        # inside each other
+        (
+            {"type": "error", "error": {"type": "error", "error": {"type": "a", "message": "m"}}},
+            "m",
+            ("a", "error", "error"),
+            None,
+        ),
+        ({"error": {"message": '{"error": {"type": "a", "message": "m"}}'}}, "m", ("a",), None),
+        ({"error": {"message": {"error": "m"}, "code": 500}}, "m", (), 500),
+        ({"errors": [{"message": "a"}, {"message": "b"}]}, "a; b", (), None),
+        ({"errors": ["a"]}, "a", (), None),
+        ({"message": "m"}, "m", (), None),
+        ({"msg": "m"}, "m", (), None),
+        ("m", "m", (), None),
+        (["m"], "m", (), None),
     ],
 )
-def test_error_is_empty_where_it_is_missing(payload: bytes, expected: tuple[str, str]) -> None:
-    assert error_of(payload) == expected
+def test_error_of_any_shape_in_the_field_is_understood(
+    payload: object, message: str, kinds: tuple[str, ...], status: int | None
+) -> None:
+    assert error_of(json.dumps(payload).encode()) == Said(message, kinds, status)
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"upstream connect error\nreset reason: overflow", "upstream connect error"),
+        (b"  no healthy upstream\r\n", "no healthy upstream"),
+        (b"\xef\xbb\xbfa", "a"),
+        (b"x" * 201, "x" * 200),
+        # cut where it was too long or too slow
+        (
+            b'{"detail":[{"type":"missing","loc":["body"],"msg":"Field \\"a\\" required","input":{"x":"',
+            'Field "a" required',
+        ),
+        (b'{"error":{"type":"a","message":"b"}', "b"),
+        (b'{"error":{"type":"a","message":"b', ""),
+        (b'{"input":"message: x', ""),
+        # no words at all
+        (b"", ""),
+        (b"{}", ""),
+        (b"[]", ""),
+        (b"null", ""),
+        (b"7", ""),
+        (b'{"error":null}', ""),
+        (b'{"error":{"type":"a"}}', ""),
+        (b'{"error":{"type":"a","message":null}}', ""),
+        (b'{"error":{"type":1,"message":7}}', ""),
+        (b"<html>502 Bad Gateway</html>", ""),
+        (b"\n <!DOCTYPE html>", ""),
+        (b"\x1f\x8b\x08\x00", ""),
+        (b"\xff\xfe text", ""),
+        (b"a\x00b", ""),
+    ],
+)
+def test_error_that_is_no_json_is_its_first_line_or_nothing(payload: bytes, message: str) -> None:
+    assert error_of(payload).message == message
+
+
+def test_error_nested_without_end_says_nothing() -> None:
+    value: dict[str, object] = {"message": "m"}
+    for _ in range(50):
+        value = {"error": value}
+    assert error_of(json.dumps(value).encode()) == Said()
+
+
+def test_error_that_quotes_the_question_does_not_show_it() -> None:
+    """FastAPI's validation errors have the whole input beside the words."""
+    detail = [{"type": "missing", "loc": ["body"], "msg": "Field required", "input": {"messages": "private"}}]
+    whole = json.dumps({"detail": detail}).encode()
+    for size in range(len(whole) + 1):
+        assert "private" not in error_of(whole[:size]).message
+
+
+@pytest.mark.parametrize("data", [b'{"error":{"message":"m"}}', b'{"error":"m"}'])
+def test_event_without_a_type_that_has_an_error_is_one(data: bytes) -> None:
+    assert observe(b"data: " + data + b"\n\n") == [Mark.ERROR]
+
+
+def test_event_whose_error_is_none_is_content() -> None:
+    assert observe(b'data: {"error":null,"text":"x"}\n\n') == [Mark.CONTENT]
+
+
+@pytest.mark.parametrize(("data", "whole"), [(b"{}", True), (b'{"a":1', False), (b"", False), (b"[" * 9999, False)])
+def test_json_is_told_from_half_of_it(data: bytes, whole: bool) -> None:
+    assert is_json(data) is whole
 
 
 # --- compact ------------------------------------------------------------------------------------------------------
@@ -304,4 +411,7 @@ def test_nothing_that_an_upstream_sends_raises_or_spoils_usage(event_type: str, 
         assert isinstance(mark, Mark)
     assert usage.keys() == none_used().keys()
     assert all(type(count) is int and 0 <= count <= 2**53 for count in usage.values())
-    assert all(isinstance(text, str) for text in error_of(payload))
+    said = error_of(payload)
+    assert isinstance(said.message, str)
+    assert all(isinstance(kind, str) for kind in said.kinds)
+    assert said.status is None or 400 <= said.status < 600

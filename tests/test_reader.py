@@ -425,6 +425,7 @@ async def test_reader_that_catches_up_before_the_relay_has_its_turn_does_not_lea
     class Response:
         content = None
         raw_body = Body()
+        request_id = None
 
         def close(self) -> None:
             pass

@@ -157,7 +157,7 @@ async def read_cuts(server: Server, cuts: Iterator[int], framing: str, how: str)
             headers = await reader.readuntil(b"\r\n\r\n")
             chunks = await reader.readuntil(b"\r\n0\r\n\r\n")  # or IncompleteReadError: it did not end cleanly
             stream_id = re.search(rb"Content-Location: /api/chat/(\S+)", headers)[1].decode()  # type: ignore[index]
-            check_cut(parsed(dechunked(chunks), stream_id), cut)
+            check_cut(parsed(dechunked(chunks), stream_id), cut, clean=framing == "close" and how == "fin")
     finally:
         writer.transport.abort()
 
@@ -175,9 +175,12 @@ def dechunked(chunks: bytes) -> bytes:
         position = line_end + 4 + size
 
 
-def check_cut(answer: Answer, cut: int) -> None:
-    whole = PLAIN[:cut].count(b"\n\n")
-    answer.holds(ANSWER[:whole], "complete" if cut == len(PLAIN) else "truncated")
+def check_cut(answer: Answer, cut: int, *, clean: bool = False) -> None:
+    """`clean`: nothing says that the body was cut, so that its last event may do without its blank line."""
+    whole = (PLAIN[:cut] + b"\n\n" * (clean and PLAIN[cut - 1 : cut] in {b"}", b"\n"})).count(b"}\n\n")
+    if clean and cut and PLAIN[cut - 1 : cut] == b"}" and PLAIN[cut : cut + 1] != b"\n":
+        whole -= 1  # inside the JSON
+    answer.holds(ANSWER[:whole], "complete" if whole == len(ANSWER) else "truncated")
     usage = {"input_tokens": 7 if whole else 0, "output_tokens": 11 if whole >= len(ANSWER) - 1 else int(whole > 0)}
     assert answer.end["usage"] == usage
 
@@ -275,15 +278,80 @@ async def test_body_that_ends_without_terminal_event_is_truncated(client: aiohtt
         (await ask(client, server)).holds(events, "truncated")
 
 
-async def test_event_without_its_blank_line_at_the_end_is_none(client: aiohttp.ClientSession) -> None:
-    """WHATWG HTML 9.2.6: what the last blank line does not close is discarded, a terminal event too."""
+@pytest.mark.parametrize("missing", [1, 2])
+@pytest.mark.parametrize("framing", ["chunked", "close", "length", "HTTP/1.0"])
+async def test_last_event_needs_no_blank_line_where_the_body_is_whole(
+    client: aiohttp.ClientSession, framing: str, missing: int
+) -> None:
+    body = b"".join(SHORT)[:-missing]
+    wires = {
+        "chunked": head() + chunk(body) + LAST_CHUNK,
+        "close": head(framing="close") + body,
+        "length": head(framing=str(len(body))) + body,
+        "HTTP/1.0": b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + body,
+    }
 
     async def answer(request: Request, connection: Connection) -> None:
-        connection.send(head(framing="close"), *SHORT[:-1], MESSAGE_STOP[:-1])
-        connection.fin()
+        connection.send(wires[framing])
+        if framing in {"close", "HTTP/1.0"}:
+            connection.fin()
+
+    async with raw_upstream(answer) as upstream, serving(upstream.url) as server:
+        (await ask(client, server)).holds(SHORT, "complete")
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+@pytest.mark.parametrize("how", ["no last chunk", "short", "reset"])
+async def test_event_without_its_blank_line_is_none_where_the_body_was_cut(
+    client: aiohttp.ClientSession, how: str, missing: int
+) -> None:
+    """WHATWG HTML 9.2.6: what the last blank line does not close is discarded, a terminal event too."""
+    body = b"".join(SHORT)[:-missing]
+    wires = {
+        "no last chunk": head() + chunk(body),
+        "short": head(framing=str(len(body) + missing)) + body,
+        "reset": head(framing="close") + body,
+    }
+
+    async def answer(request: Request, connection: Connection) -> None:
+        connection.send(wires[how])
+        await connection.delivered()
+        # Until it is relayed: a reset takes what the relay's kernel has.
+        await eventually(lambda: only_stream(server).log.last_seq == len(SHORT) - 1)
+        connection.rst() if how == "reset" else connection.fin()
 
     async with raw_upstream(answer) as upstream, serving(upstream.url) as server:
         (await ask(client, server)).holds(SHORT[:-1], "truncated")
+
+
+async def test_half_an_event_is_none_where_nothing_says_that_the_body_was_cut(client: aiohttp.ClientSession) -> None:
+    """A server that crashes closes its connections as cleanly as one that is done."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        connection.send(head(framing="close"), *SHORT[:2], SHORT[2][:-9])
+        connection.fin()
+
+    async with raw_upstream(answer) as upstream, serving(upstream.url) as server:
+        (await ask(client, server)).holds(SHORT[:2], "truncated")
+
+
+async def test_bug_in_the_last_event_ends_the_stream_as_an_error(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observe = AnthropicFormat.observe
+
+    def fail_at_the_end(self: AnthropicFormat, event_type: bytes, body: bytes) -> Mark:
+        if event_type == b"message_stop":
+            raise ZeroDivisionError
+        return observe(self, event_type, body)
+
+    monkeypatch.setattr(AnthropicFormat, "observe", fail_at_the_end)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(b"".join(SHORT)[:-1]), LAST_CHUNK)
+
+    async with raw_upstream(answer) as upstream, serving(upstream.url) as server:
+        (await ask(client, server)).holds(SHORT[:-1], "error")
 
 
 # --- while a slow reader holds the relay back -----------------------------------------------------------------

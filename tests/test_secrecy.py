@@ -145,7 +145,7 @@ async def test_text_of_an_upstream_error_forges_nothing(
 
 NO_ERRORS = [
     b"",
-    b"not JSON, event: forged",
+    b"\x00not text, event: forged",
     b"\xff\xfe\x00not UTF-8",
     b"null",
     b"[]",

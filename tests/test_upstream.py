@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import gzip
 import json
 import os
+import random
 import re
 import socket
+import ssl
 import sys
+import tracemalloc
+import zlib
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 from aiohttp.resolver import DefaultResolver
 from conftest import Server, eventually, prompt, serving
 from pydantic import SecretStr
@@ -30,18 +39,22 @@ from rawupstream import (
     message_start,
     raw_upstream,
 )
+from structlog.testing import capture_logs
 
-from aisse.errors import ConfigError
+import aisse
+from aisse.errors import ConfigError, UpstreamError
 from aisse.settings import Settings
-from aisse.upstream import Upstream, key_for, needs_key
+from aisse.upstream import Upstream, _Question, key_for, needs_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from pathlib import Path
 
     import aiohttp
 
     from aisse.simulator import Simulator
+
+SOAK = os.environ.get("TESTS_SOAK") == "1"
 
 EZAI, ANTHROPIC, OWN, CREDENTIAL = "ez-key-1f2e3d", "sk-ant-key-4c5b6a", "own-key-7a8b9c", "cred-key-0d1e2f"
 PROVIDERS = {"EZAI_API_KEY": EZAI, "ANTHROPIC_API_KEY": ANTHROPIC}
@@ -407,21 +420,54 @@ async def test_request_has_the_headers_of_the_api_and_none_of_the_clients(client
         sent = dict(request.headers)
         assert sent.pop("host") == upstream.url.removeprefix("http://")
         assert sent.pop("content-length") == str(len(request.body))
-        assert "browser" not in sent.pop("user-agent")
         assert sent == {
             "accept": "text/event-stream",
             "accept-encoding": "identity",
             "anthropic-version": "2023-06-01",
             "content-type": "application/json",
+            "user-agent": f"aisse/{aisse.__version__}",
             "x-api-key": OWN,
         }
         assert json.loads(request.body)["stream"] is True
 
 
-async def test_base_url_with_a_path_keeps_it(client: aiohttp.ClientSession) -> None:
-    async with raw_upstream(answer) as upstream, serving(upstream.url + "/team/a") as server:
-        await ask(client, server)
-        assert upstream.requests[0].line == "POST /team/a/v1/messages HTTP/1.1"
+@pytest.mark.parametrize(
+    ("path", "endpoint"),
+    [
+        ("", "/v1/messages"),
+        ("/", "/v1/messages"),
+        ("//", "/v1/messages"),
+        ("/v1", "/v1/messages"),
+        ("/v1/", "/v1/messages"),
+        ("/v1/messages", "/v1/messages"),
+        ("/v1/messages/", "/v1/messages"),
+        ("/team/a", "/team/a/v1/messages"),
+        ("/anthropic/v1", "/anthropic/v1/messages"),
+        ("/anthropic/v1/", "/anthropic/v1/messages"),
+        ("/anthropic/v1/messages", "/anthropic/v1/messages"),
+        ("/a%2Fb/v1", "/a%2Fb/v1/messages"),
+        # no version of this API's
+        ("/v1beta", "/v1beta/v1/messages"),
+        ("/v11", "/v11/v1/messages"),
+        ("/apiv1", "/apiv1/v1/messages"),
+        ("/V1", "/V1/v1/messages"),
+        ("/v1/team", "/v1/team/v1/messages"),
+        ("/messages", "/messages/v1/messages"),
+        ("/v1/v1", "/v1/v1/messages"),
+    ],
+)
+async def test_base_url_may_end_in_what_other_tools_want_there(
+    client: aiohttp.ClientSession, path: str, endpoint: str
+) -> None:
+    async with raw_upstream(answer) as upstream:
+        base_url = Settings(upstream=upstream.url + path).upstream
+        async with serving(base_url) as server:
+            assert (await ask(client, server))[0] == 200
+        assert upstream.requests[0].line == f"POST {endpoint} HTTP/1.1"
+
+
+def test_base_url_whose_host_is_called_v1_keeps_it() -> None:
+    assert str(Upstream("https://v1", Settings())._url) == "https://v1/v1/messages"
 
 
 async def test_cookies_are_not_kept(simulator: Simulator, client: aiohttp.ClientSession) -> None:
@@ -432,6 +478,297 @@ async def test_cookies_are_not_kept(simulator: Simulator, client: aiohttp.Client
             assert "Set-Cookie" not in headers
         assert simulator.stats.requests == 3
         assert simulator.stats.cookied == 0
+
+
+# --- an idle connection that was closed -------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def started(url: str, **settings: Any) -> AsyncIterator[Upstream]:
+    upstream = Upstream(url, Settings(**settings), key=OWN)
+    await upstream.start()
+    try:
+        yield upstream
+    finally:
+        await upstream.close()
+
+
+async def answered(upstream: Upstream, question: bytes = b"{}") -> bytes:
+    """The whole body of the answer to one question."""
+    response = await upstream.open(question)
+    out: list[bytes] = []
+    ended = asyncio.get_running_loop().create_future()
+    response.raw_body.listen(response.content, out.append, lambda: ended.set_result(None))
+    async with asyncio.timeout(20):
+        await ended
+    response.close()
+    return b"".join(out)
+
+
+def closing(at: int, *sent: bytes, how: str = "fin", before: int = 1) -> Any:
+    """An upstream that answers the first `before` requests of its connection number `at`, and then closes it."""
+    numbers: dict[Connection, int] = {}
+
+    async def serve(request: Request, connection: Connection) -> None:
+        number = numbers.setdefault(connection, len(numbers))
+        if number != at or connection.requests <= before:
+            await answer(request, connection)
+            return
+        connection.send(*sent)
+        connection.rst() if how == "rst" else connection.fin()
+
+    return serve
+
+
+@pytest.fixture(params=["plain", "TLS"])
+def tls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext | None:
+    """None, or what a server has to have for its certificate to be trusted here."""
+    return server_side(monkeypatch) if request.param == "TLS" else None
+
+
+def server_side(
+    monkeypatch: pytest.MonkeyPatch, name: str = "127.0.0.1", *, trusted: bool = True, **options: Any
+) -> ssl.SSLContext:
+    authority = trustme.CA()
+    client = ssl.create_default_context()
+    if trusted:
+        authority.configure_trust(client)
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", client)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name, **options).configure_cert(server)
+    return server
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize("size", [2, 300_000, 3_000_000])
+async def test_question_that_meets_the_close_of_an_idle_connection_is_asked_again(
+    tls: ssl.SSLContext | None, how: str, size: int
+) -> None:
+    question = b"{" + b" " * size + b"}"
+    async with raw_upstream(closing(0, how=how), tls=tls) as upstream, started(upstream.url) as asked:
+        for _ in range(3):
+            assert await answered(asked, question) == b"".join(ANSWER)
+        # The third meets a connection of its own: that of the repetition is not kept.
+        assert [connection.requests for connection in upstream.connections] == [2, 1, 1]
+        assert {request.body for request in upstream.requests} == {question}
+        assert upstream.requests[2].headers["connection"] == "close"
+        assert upstream.requests[2].headers["x-api-key"] == OWN
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_question_is_asked_again_where_the_connection_closes_while_it_is_written(how: str) -> None:
+    """However long that takes: what was not sent whole cannot have been generated."""
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while True:
+            try:
+                request_head = await reader.readuntil(b"\r\n\r\n")
+            except (asyncio.IncompleteReadError, ConnectionError):
+                break
+            length = int(re.search(rb"(?i)content-length: (\d+)", request_head)[1])  # type: ignore[index]
+            if connections == 1 and length > 1000:
+                if how == "rst":
+                    writer.transport.abort()
+                break
+            await reader.readexactly(length)
+            writer.write(b"".join([head(), *map(chunk, ANSWER), LAST_CHUNK]))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, started(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as asked:
+        assert await answered(asked) == b"".join(ANSWER)
+        assert await answered(asked, b" " * 8_000_000) == b"".join(ANSWER)
+    assert connections == 2
+
+
+async def test_question_is_asked_again_once() -> None:
+    async def serve(request: Request, connection: Connection) -> None:
+        if len(upstream.requests) == 1:
+            await answer(request, connection)
+        else:
+            connection.fin()
+
+    async with raw_upstream(serve) as upstream, started(upstream.url) as asked:
+        await answered(asked)
+        with pytest.raises(UpstreamError) as failed:
+            await answered(asked)
+        assert failed.value.cause == "connection closed before an answer"
+        assert [connection.requests for connection in upstream.connections] == [2, 1]
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_question_on_a_fresh_connection_is_never_asked_again(how: str) -> None:
+    async with raw_upstream(closing(0, how=how, before=0)) as upstream, started(upstream.url) as asked:
+        with pytest.raises(UpstreamError):
+            await answered(asked)
+        assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize("sent", [b"H", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"\x15"])
+async def test_question_that_got_a_byte_of_an_answer_is_not_asked_again(sent: bytes, how: str) -> None:
+    """An interim response, too, says that the request was read: it may be generated, and billed."""
+
+    async def serve(request: Request, connection: Connection) -> None:
+        if connection.requests == 1:
+            await answer(request, connection)
+            return
+        connection.send(sent)
+        await connection.delivered()
+        # A reset takes what the other side has not read, and then nobody has had an answer's byte.
+        with contextlib.suppress(ProcessLookupError, ValueError):  # either side has closed already
+            while connection.unread():
+                await asyncio.sleep(0.001)
+        connection.rst() if how == "rst" else connection.fin()
+
+    async with raw_upstream(serve) as upstream, started(upstream.url) as asked:
+        await answered(asked)
+        with pytest.raises(UpstreamError):
+            await answered(asked)
+        assert len(upstream.requests) == 2
+
+
+async def test_question_that_waited_too_long_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been generated, and billed: a second is what a close takes that was on its way."""
+    monkeypatch.setattr("aisse.upstream._CLOSING_S", -1.0)
+    async with raw_upstream(closing(0)) as upstream, started(upstream.url) as asked:
+        await answered(asked)
+        with pytest.raises(UpstreamError):
+            await answered(asked)
+        assert len(upstream.requests) == 2
+
+
+async def test_connection_whose_close_has_come_carries_no_question(tls: ssl.SSLContext | None) -> None:
+    """It is seen in the moment of asking, before the event loop has looked: nothing is sent, nothing repeated."""
+    async with raw_upstream(answer, tls=tls) as upstream, started(upstream.url) as asked:
+        await answered(asked)
+        [connection] = upstream.connections
+        with socket.socket(fileno=os.dup(connection._sock.fileno())) as end:
+            end.shutdown(socket.SHUT_WR)
+        await answered(asked)
+        await answered(asked)
+        assert [connection.requests for connection in upstream.connections] == [1, 2]
+
+
+async def test_connection_that_said_something_unasked_carries_no_question() -> None:
+    """Some servers say 408 before they close: whoever took it for the answer would be told of a timeout."""
+    late = head("408 Request Timeout", "text/plain", "Connection: close", framing="0")
+
+    async with raw_upstream(answer) as upstream, started(upstream.url) as asked:
+        await answered(asked)
+        upstream.connections[0].send(late)
+        await upstream.connections[0].delivered()
+        await answered(asked)
+        assert [connection.requests for connection in upstream.connections] == [1, 1]
+
+
+async def test_timeout_said_on_a_reused_connection_is_its_close() -> None:
+    """RFC 9110, section 15.5.9: the request has not come, and may be repeated."""
+    late = head("408 Request Timeout", "text/plain", "Connection: close", framing="0")
+    async with raw_upstream(closing(0, late)) as upstream, started(upstream.url) as asked:
+        for _ in range(2):
+            assert await answered(asked) == b"".join(ANSWER)
+    async with raw_upstream(closing(0, late, before=0)) as upstream, started(upstream.url) as asked:
+        with pytest.raises(UpstreamError) as failed:
+            await answered(asked)
+        assert (failed.value.status, failed.value.upstream_status) == (504, 408)
+
+
+async def test_question_is_not_kept_while_its_answer_is_read() -> None:
+    """It may be of many MiB, and the answer go on for an hour."""
+
+    async def serve(request: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(message_start()))
+        await connection.lost.wait()
+
+    async with raw_upstream(serve) as upstream, started(upstream.url) as asked:
+        response = await asked.open(b" " * 100_000)
+        gc.collect()
+        assert not [kept for kept in gc.get_objects() if isinstance(kept, _Question)]
+        response.raw_body.abort()
+        response.close()
+
+
+async def test_question_asked_again_is_stopped_like_any_other(client: aiohttp.ClientSession) -> None:
+    async def serve(request: Request, connection: Connection) -> None:
+        if len(upstream.requests) == 1:
+            await answer(request, connection)
+        elif len(upstream.requests) == 2:
+            connection.fin()
+        else:
+            connection.send(head(), chunk(message_start()))
+            await connection.lost.wait()
+
+    async with raw_upstream(serve) as upstream, serving(upstream.url) as server:
+        await ask(client, server)
+        async with client.post(server.chat, json=prompt("anything")) as response:
+            async with client.delete(server.url + response.headers["Content-Location"]) as stopped:
+                assert stopped.status == 204
+            assert '"reason":"stopped"' in await response.text()
+        await asyncio.wait_for(upstream.connections[1].lost.wait(), 5)
+        assert len(upstream.requests) == 3
+
+
+async def test_question_asked_again_in_vain_is_told_as_any_other() -> None:
+    async def serve(request: Request, connection: Connection) -> None:
+        if connection.requests == 1:
+            await answer(request, connection)
+        else:
+            listener.close()
+            connection.fin()
+
+    async with raw_upstream(serve) as upstream, started(upstream.url) as asked:
+        listener = upstream.server
+        await answered(asked)
+        with pytest.raises(UpstreamError) as failed:
+            await answered(asked)
+        assert failed.value.cause == "connection refused"
+
+
+@pytest.mark.timeout(600)
+async def test_questions_survive_connections_that_close_at_random(client: aiohttp.ClientSession) -> None:
+    """Each is answered, and generated once, by an upstream that closes idle connections whenever it likes."""
+    randomly = random.Random(13)
+    generated: Counter[str] = Counter()
+    closed_in_the_face = 0
+    loop = asyncio.get_running_loop()
+
+    def close_if_idle(connection: Connection, requests: int) -> None:
+        if connection.requests == requests and not connection.lost.is_set():
+            connection.rst() if randomly.random() < 0.3 else connection.fin()
+
+    async def serve(request: Request, connection: Connection) -> None:
+        nonlocal closed_in_the_face
+        if connection.requests > 1 and randomly.random() < 0.2:
+            # In the moment in which the request was on its way.
+            closed_in_the_face += 1
+            connection.rst() if randomly.random() < 0.5 else connection.fin()
+            return
+        generated[request.prompt] += 1
+        await answer(request, connection)
+        if randomly.random() < 0.7:
+            loop.call_later(randomly.uniform(0, 0.03), close_if_idle, connection, connection.requests)
+
+    async def questions(numbers: Iterator[int], server: Server) -> None:
+        for number in numbers:
+            status, _, body = await ask(client, server, f"question {number}")
+            assert status == 200, number
+            assert '"reason":"complete"' in body, number
+            await asyncio.sleep(randomly.uniform(0, 0.03))
+
+    count = 5000 if SOAK else 400
+    async with raw_upstream(serve) as upstream, serving(upstream.url) as server:
+        numbers = iter(range(count))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(100):
+                group.create_task(questions(numbers, server))
+        assert server.registry.failed == 0
+    assert generated == Counter(f"question {number}" for number in range(count))
+    assert closed_in_the_face > count // 50
+    assert len(upstream.requests) >= count + closed_in_the_face
 
 
 # --- failures before the commit are real statuses -------------------------------------------------------------
@@ -445,17 +782,30 @@ async def test_cookies_are_not_kept(simulator: Simulator, client: aiohttp.Client
         (422, 422, "invalid_request_error"),
         (401, 502, "api_error"),
         (403, 502, "api_error"),
-        (402, 502, "billing_error"),
-        (404, 502, "not_found_error"),
-        (405, 502, "invalid_request_error"),
-        (408, 502, "invalid_request_error"),
+        (402, 502, "api_error"),
+        (404, 404, "not_found_error"),
+        (405, 502, "api_error"),
+        (406, 502, "api_error"),
+        (407, 502, "api_error"),
+        (408, 504, "timeout_error"),
+        (409, 409, "invalid_request_error"),
+        (410, 410, "invalid_request_error"),
+        (411, 502, "api_error"),
+        (415, 502, "api_error"),
+        (418, 418, "invalid_request_error"),
+        (424, 424, "invalid_request_error"),
         (429, 429, "rate_limit_error"),
+        (431, 502, "api_error"),
+        (451, 451, "invalid_request_error"),
+        (499, 499, "invalid_request_error"),
         (500, 502, "api_error"),
         (501, 502, "api_error"),
         (502, 502, "api_error"),
         (503, 503, "api_error"),
         (504, 504, "timeout_error"),
         (520, 502, "api_error"),
+        (522, 504, "timeout_error"),
+        (524, 504, "timeout_error"),
         (529, 503, "overloaded_error"),
         (599, 502, "api_error"),
     ],
@@ -471,8 +821,13 @@ async def test_status_of_the_upstream_becomes_ours(
     error = json.loads(body)
     assert error["type"] == "error"
     assert error["error"]["type"] == kind
-    said = "the upstream did not accept this server's key" if theirs in {401, 403} else "what is wrong"
-    assert error["error"]["message"] == said
+    of_the_account = {
+        401: "the upstream did not accept this server's key",
+        402: "the upstream does not serve this server's account at the moment",
+        403: "the upstream did not accept this server's key",
+    }
+    of_the_server = dict.fromkeys((405, 406, 407, 411, 415, 431), "the upstream does not take what this server sends")
+    assert error["error"]["message"] == (of_the_account | of_the_server).get(theirs, "what is wrong")
     assert server.registry.active_streams == 0
     assert server.registry.replay_bytes == 0
 
@@ -525,7 +880,8 @@ async def test_redirect_of_the_simulator_is_502(server: Server, client: aiohttp.
         ("request_too_large", 413),
         ("authentication_error", 502),
         ("permission_error", 502),
-        ("not_found_error", 502),
+        ("not_found_error", 404),
+        ("billing_error", 502),
         ("rate_limit_error", 429),
         ("timeout_error", 504),
         ("overloaded_error", 503),
@@ -540,7 +896,7 @@ async def test_error_event_before_any_other_is_a_status(
     assert status == ours
     assert headers["Content-Type"].startswith("application/json")
     error = json.loads(body)["error"]
-    hidden = kind in {"authentication_error", "permission_error"}
+    hidden = kind in {"authentication_error", "permission_error", "billing_error"}
     assert error["type"] == ("api_error" if hidden or kind == "invented_error" else kind)
     assert ("not now" in error["message"]) is not hidden
 
@@ -747,3 +1103,171 @@ async def test_upstream_that_was_never_started_is_a_bug() -> None:
     with pytest.raises(AssertionError):
         await upstream.open(b"{}")
     await upstream.close()  # idempotent
+
+
+# --- what operators are told ----------------------------------------------------------------------------------------
+
+
+async def logged(client: aiohttp.ClientSession, url: str, **settings: Any) -> Mapping[str, Any]:
+    """What the log says of the end of a stream of that upstream."""
+    async with serving(url, **settings) as server:
+        with capture_logs() as lines:
+            await ask(client, server)
+            await eventually(lambda: any(line["event"] == "stream ended" for line in lines))
+    [line] = [line for line in lines if line["event"] == "stream ended"]
+    return line
+
+
+async def test_refused_connection_is_logged_as_that(client: aiohttp.ClientSession) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        line = await logged(client, f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert line["upstream_error"] == "connection refused"
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\n"])
+async def test_closed_connection_is_logged_as_that(client: aiohttp.ClientSession, sent: bytes) -> None:
+    async with raw_upstream(closing(0, sent, before=0)) as upstream:
+        line = await logged(client, upstream.url)
+    assert line["upstream_error"] == "connection closed before an answer"
+
+
+async def test_name_that_is_not_found_is_logged_as_that(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def resolve(_self: object, name: str, port: int = 0, **_: Any) -> list[dict[str, Any]]:
+        raise socket.gaierror(socket.EAI_NONAME, "secret")
+
+    monkeypatch.setattr(DefaultResolver, "resolve", resolve)
+    assert (await logged(client, "http://upstream.invalid"))["upstream_error"] == "name not found"
+
+
+YESTERDAY = datetime.now(UTC) - timedelta(days=1)
+TOMORROW = datetime.now(UTC) + timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, None),
+        ({"trusted": False}, "certificate not trusted (its authority is unknown)"),
+        ({"name": "example.com"}, "certificate for another address"),
+        ({"not_before": YESTERDAY - timedelta(days=9), "not_after": YESTERDAY}, "certificate expired"),
+        ({"not_before": TOMORROW, "not_after": TOMORROW + timedelta(days=9)}, "certificate not yet valid"),
+    ],
+)
+async def test_certificate_that_is_not_accepted_is_logged_with_its_fault(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str | None
+) -> None:
+    async with raw_upstream(answer, tls=server_side(monkeypatch, **options)) as upstream:
+        assert (await logged(client, upstream.url))["upstream_error"] == words
+
+
+async def test_upstream_that_speaks_no_tls_is_logged_as_that(client: aiohttp.ClientSession) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with server:
+        line = await logged(client, f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    assert line["upstream_error"] == "TLS failed: it does not speak TLS on that port"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "GZIP", "gzip, br", "made-up\t1"])
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+async def test_compressed_stream_is_said_as_that_whatever_its_coding(
+    client: aiohttp.ClientSession, coding: str, framing: str
+) -> None:
+    async def compress(request: Request, connection: Connection) -> None:
+        body = b"\x1f\x8b garbage"
+        connection.send(head("200 OK", "text/event-stream", f"Content-Encoding: {coding}", framing=framing))
+        connection.send(chunk(body) + LAST_CHUNK if framing == "chunked" else body)
+        if framing == "close":
+            connection.fin()
+
+    async with raw_upstream(compress) as upstream, serving(upstream.url) as server:
+        with capture_logs() as lines:
+            status, _, body = await ask(client, server)
+    assert status == 502
+    assert "compresses" in json.loads(body)["error"]["message"]
+    [line] = [line for line in lines if line["event"] == "stream ended"]
+    known = coding.lower() if coding.isalpha() else "a coding that is not known here"
+    assert (
+        line["upstream_error"]
+        == f"compresses its stream ({known}) though asked not to; turn that off for event streams"
+    )
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])
+async def test_compressed_error_is_read_where_that_is_possible(client: aiohttp.ClientSession, coding: str) -> None:
+    payload = json.dumps({"error": {"message": "what is wrong"}}).encode()
+    packed = {"gzip": gzip.compress(payload), "deflate": zlib.compress(payload), "br": b"garbage"}[coding]
+
+    async def refuse(request: Request, connection: Connection) -> None:
+        fields = f"Content-Encoding: {coding}"
+        connection.send(head("400 No", "application/json", fields, framing=str(len(packed))), packed)
+
+    async with raw_upstream(refuse) as upstream, serving(upstream.url) as server:
+        status, _, body = await ask(client, server)
+    said = "the upstream answered with status 400" if coding == "br" else "what is wrong"
+    assert (status, json.loads(body)["error"]["message"]) == (400, said)
+
+
+async def test_compressed_error_that_unpacks_to_much_is_not_unpacked(client: aiohttp.ClientSession) -> None:
+    packed = gzip.compress(b" " * (64 << 20))[: 16 << 10]
+
+    async def refuse(request: Request, connection: Connection) -> None:
+        connection.send(head("400 No", "application/json", "Content-Encoding: gzip", framing=str(len(packed))), packed)
+
+    async with raw_upstream(refuse) as upstream, serving(upstream.url) as server:
+        tracemalloc.start()
+        try:
+            assert (await ask(client, server))[0] == 400
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("payload", "ours", "says"),
+    [
+        (b'{"error":{"type":"overloaded_error","message":"busy"}}', 503, "busy"),
+        (b'{"error":{"message":"slow","type":"tokens","code":"rate_limit_exceeded"}}', 429, "slow"),
+        (b'{"error":"model is required","code":400}', 400, "model is required"),
+        (b'{"type":"message","content":[]}', 502, "something else than a stream"),
+    ],
+)
+async def test_error_as_json_under_status_200_has_its_own_status(
+    client: aiohttp.ClientSession, payload: bytes, ours: int, says: str
+) -> None:
+    async def refuse(request: Request, connection: Connection) -> None:
+        fields = ("application/json", "Retry-After: 9")
+        connection.send(head("200 OK", *fields, framing=str(len(payload))), payload)
+
+    async with raw_upstream(refuse) as upstream, serving(upstream.url) as server:
+        status, headers, body = await ask(client, server)
+    assert status == ours
+    assert says in json.loads(body)["error"]["message"]
+    assert headers.get("Retry-After") == ("9" if ours in {429, 503} else None)
+
+
+@pytest.mark.parametrize("status", ["200 OK", "429 Slow"])
+async def test_upstreams_name_of_a_request_is_logged(client: aiohttp.ClientSession, status: str) -> None:
+    async def named(request: Request, connection: Connection) -> None:
+        fields = ("x-request-id: other", "request-id: req_1")
+        if status.startswith("200"):
+            connection.send(head(status, "text/event-stream", *fields), *map(chunk, ANSWER), LAST_CHUNK)
+        else:
+            connection.send(head(status, "text/plain", *fields, framing="0"))
+
+    async with raw_upstream(named) as upstream:
+        line = await logged(client, upstream.url)
+    assert line["upstream_request_id"] == "req_1"
+    assert line["upstream_error"] == (None if status.startswith("200") else "rate limit reached")
+
+
+async def test_milliseconds_to_wait_become_seconds(client: aiohttp.ClientSession) -> None:
+    _, headers, _ = await refused_with(client, "429 Slow", "retry-after-ms: 1500", "Retry-After: 9")
+    assert headers["Retry-After"] == "2"

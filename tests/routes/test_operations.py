@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,26 +272,38 @@ async def until(server: Server, condition: Any, timeout_s: float = 10.0) -> dict
 
 
 @pytest.mark.parametrize(
-    "failure",
+    ("failure", "cause"),
     [
-        "[[status=500]]",
-        "[[status=529]]",
-        "[[status=401]]",
-        "[[fault=cut at=600]]",
-        "[[fault=html]]",
-        "[[fault=redirect]]",
-        "[[fault=no_events]]",
-        "[[fault=error at=3]]",
+        ("[[status=500]]", "failed with 500"),
+        ("[[status=529]]", "overloaded"),
+        ("[[status=401]]", "key refused"),
+        ("[[status=402]]", "account without credit, or past its limit"),
+        ("[[fault=cut at=600]]", "connection lost in the middle of the answer"),
+        ("[[fault=html]]", "answered with something else than an event stream"),
+        ("[[fault=redirect]]", "redirects; set its final address"),
+        ("[[fault=no_events]]", "ended without its last event"),
+        ("[[fault=error at=3]]", "overloaded"),
     ],
 )
-async def test_five_failures_of_the_upstream_in_a_row_degrade_and_a_success_heals(server: Server, failure: str) -> None:
-    for _ in range(4):
+async def test_five_failures_of_the_upstream_in_a_row_degrade_and_a_success_heals(
+    server: Server, failure: str, cause: str
+) -> None:
+    """Health says since when, and why the last one failed."""
+    await ask(server, "[[tokens=1]]")
+    before = datetime.now(UTC).replace(microsecond=0)
+    await ask(server, failure)
+    after = datetime.now(UTC)
+    for _ in range(3):
         await ask(server, failure)
     assert (await health(server))["status"] == "healthy"
     await ask(server, failure)
     said = await health(server)
     assert said["status"] == "degraded"
-    assert said["reasons"] == ["the last 5 answers of the upstream failed"]
+    [reason] = said["reasons"]
+    found = re.fullmatch(r"the last 5 answers of the upstream failed, since (\S+Z), the last one: (.*)", reason)
+    assert found is not None, reason
+    assert before <= datetime.fromisoformat(found[1]) <= after
+    assert found[2] == cause
     async with connected(server.address) as connection:
         await connection.send(request("GET", "/health/ready"))
         assert (await connection.answer("GET")).status == 200  # another instance would fare no better
