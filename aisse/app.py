@@ -354,7 +354,7 @@ async def _preflight(_request: web.Request) -> web.Response:
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, DELETE",
             hdrs.ACCESS_CONTROL_ALLOW_HEADERS: (
                 "Authorization, Content-Type, Accept, Cache-Control, "
-                "Last-Event-ID, Idempotency-Key, Prefer, Aisse-On-Leave"
+                "Last-Event-ID, Idempotency-Key, Prefer, Aisse-On-Leave, anthropic-beta"
             ),
             hdrs.ACCESS_CONTROL_MAX_AGE: "7200",
         },

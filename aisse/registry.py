@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import math
 import secrets
 from collections import OrderedDict
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from aisse.bodies import Bodies
 from aisse.errors import DrainingError, KeyReusedError, RequestError, StreamError, UnknownStreamError, UpstreamError
 from aisse.rate import Rate
 from aisse.relay import Relay
@@ -28,6 +27,7 @@ from aisse.stream import Reason, State, Stream
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from aisse.bodies import Question
     from aisse.reader import Reader
     from aisse.settings import Settings
     from aisse.shared import Shared
@@ -67,6 +67,8 @@ class Registry:
         self._settings = settings
         self._upstream = upstream
         self._memory = ReplayMemory(settings.replay_bytes)
+        self.bodies = Bodies(settings.bodies_bytes)
+        """The memory of questions whose answers have not begun."""
         self._shared = open_shared(settings, self._memory) if open_shared is not None else None
         self._claiming = asyncio.Lock()
         self._running: dict[str, Stream] = {}
@@ -161,17 +163,17 @@ class Registry:
         if self._shared is not None:
             await self._shared.known(stream.id, _SHARED_S)
 
-    async def create_once(self, key: Key, body: bytes, leave_s: float) -> Stream:
+    async def create_once(self, key: Key, question: Question, leave_s: float) -> Stream:
         """As `create`, but once for a key, on all instances: the same key gets the stream that it started.
 
         A key is remembered for as long as its stream is. Raises RequestError (422) for one that came with another
-        body, and LogUnavailableError where nobody knows. Where the log is not shared nothing waits in here, so that of
-        two requests that race the second finds the first's stream; where it is, one waits for the other.
+        question, as their digests say, and LogUnavailableError where nobody knows. Where the log is not shared nothing
+        waits in here, so that of two requests that race the second finds the first's stream; where it is, one waits for
+        the other.
         """
-        # The same request in other words is the same; `body` itself goes to the upstream as it was asked.
-        digest = hashlib.sha256(json.dumps(json.loads(body), sort_keys=True).encode()).digest()
+        digest = question.digest
         if self._shared is None:
-            return self._started(key, digest) or self._start(key, digest, body, leave_s)
+            return self._started(key, digest) or self._start(key, question, leave_s)
         async with self._claiming:
             if (started := self._started(key, digest)) is not None:
                 return started
@@ -181,7 +183,7 @@ class Registry:
                 raise KeyReusedError
             if holder == claimed:
                 try:
-                    return self._start(key, digest, body, leave_s, claimed)
+                    return self._start(key, question, leave_s, claimed)
                 except BaseException:
                     self._shared.withdraw(claimed, key)
                     raise
@@ -194,17 +196,18 @@ class Registry:
             raise KeyReusedError
         return known[0]
 
-    def _start(self, key: Key, digest: bytes, body: bytes, leave_s: float, stream_id: str | None = None) -> Stream:
-        stream = self.create(body, leave_s, stream_id, (key, digest))
+    def _start(self, key: Key, question: Question, leave_s: float, stream_id: str | None = None) -> Stream:
+        stream = self.create(question, leave_s, stream_id, (key, question.digest))
         stream.key = key
-        self._keys[key] = stream, digest
+        self._keys[key] = stream, question.digest
         return stream
 
     def create(
-        self, body: bytes, leave_s: float, stream_id: str | None = None, claim: tuple[Key, bytes] | None = None
+        self, question: Question, leave_s: float, stream_id: str | None = None, claim: tuple[Key, bytes] | None = None
     ) -> Stream:
-        """Starts a generation for `body`, the upstream's request; `stream_id` and `claim` are those of a claimed key.
+        """Starts a generation for `question`; `stream_id` and `claim` are those of a claimed key.
 
+        The question's share of `bodies` is the relay's from then on, until the answer begins or the stream ends.
         Raises RequestError (503) where there is no room.
         """
         self.admit()
@@ -228,7 +231,9 @@ class Registry:
             on_left=self._left,
             on_end=self._ended,
         )
-        relay = Relay(stream, self._upstream, body, self._settings)
+        relay = Relay(stream, self._upstream, question, self._settings)
+        if question.hold is not None:
+            question.hold.taken_over = True
         task = asyncio.create_task(relay.run(), name=f"relay {stream_id[:8]}")
         self._running[stream_id] = stream
         self._relays[stream_id] = relay, task
@@ -298,7 +303,8 @@ class Registry:
             self.end(stream, Reason.ABANDONED)
 
     def _relay_done(self, stream: Stream, task: asyncio.Task[None]) -> None:
-        del self._relays[stream.id]
+        relay, _ = self._relays.pop(stream.id)
+        relay.let_go()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("relay failed", stream_id=stream.id[:8], exc_info=error)
         # However the relay came to its end, its readers are told. After a run without a bug this does nothing.

@@ -16,6 +16,7 @@ from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
 from aisse.stream import Reason, Stream, failure
 
 if TYPE_CHECKING:
+    from aisse.bodies import Question
     from aisse.body import Body
     from aisse.settings import Settings
     from aisse.upstream import Upstream, UpstreamResponse
@@ -29,7 +30,6 @@ class Relay:
     """Runs one generation. `run` is one task's; `overdue` is asked from outside, once a second."""
 
     __slots__ = (
-        "_body",
         "_bug",
         "_bytes",
         "_created",
@@ -40,6 +40,7 @@ class Relay:
         "_last_content",
         "_loop",
         "_parser",
+        "_question",
         "_response_body",
         "_settings",
         "_started",
@@ -49,13 +50,13 @@ class Relay:
         "request_id",
     )
 
-    def __init__(self, stream: Stream, upstream: Upstream, body: bytes, settings: Settings) -> None:
+    def __init__(self, stream: Stream, upstream: Upstream, question: Question, settings: Settings) -> None:
         self.request_id: str | None = None
         """The upstream's name for the request, where it has said one."""
         self._loop = asyncio.get_running_loop()
         self._stream = stream
         self._upstream = upstream
-        self._body = body
+        self._question: Question | None = question
         self._settings = settings
         self._format = AnthropicFormat(stream.usage)
         self._parser = Parser(settings.max_event_bytes)
@@ -75,8 +76,9 @@ class Relay:
 
         Whatever the upstream does ends as `error` and `end` in the stream; other exceptions are bugs, and leave.
         """
+        assert self._question is not None
         try:
-            response = await self._upstream.open(self._body)
+            response = await self._upstream.open(self._question)
         except UpstreamError as error:
             # The stream keeps its error; the frames that it came through would keep the request with it.
             error.__cause__ = error.__context__ = None
@@ -84,8 +86,6 @@ class Relay:
             reason = Reason.TIMEOUT if error.status == 504 else Reason.ERROR
             self._stream.finish(reason, error.with_traceback(None))
             return
-        finally:
-            self._body = b""
         self.request_id = response.request_id
         try:
             await self._pump(response)
@@ -94,6 +94,12 @@ class Relay:
             # Neither does anything where the body was read to its end and the connection is back in the pool.
             response.raw_body.abort()
             response.close()
+
+    def let_go(self) -> None:
+        """The question is not needed any more: the answer has begun, or never will. Idempotent."""
+        if self._question is not None and self._question.hold is not None:
+            self._question.hold.release()
+        self._question = None
 
     def overdue(self, now: float) -> StreamError | None:
         """The upstream's limit that has passed at `now`, if any.
@@ -220,6 +226,7 @@ class Relay:
             stream.publish(frames[0] if len(frames) == 1 else b"".join(frames), seq)
             if content and not self._started:
                 self._started = True
+                self.let_go()
                 stream.start()
         if end is END:
             stream.finish(Reason.COMPLETE)

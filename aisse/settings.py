@@ -99,9 +99,16 @@ class Settings(BaseModel):
     models: Names = _field((), "models that requests may name; none: any well-formed name")
     max_tokens: int = _field(4096, "max_tokens where the request has none", ge=1)
     max_tokens_limit: int = _field(64000, "largest max_tokens that a request may ask for", ge=1)
+    allow_fields: Names = _field(
+        (), "fields that requests may have beside those of README, Asking; passed on unchecked"
+    )
+    allow_betas: Names = _field((), "values of the header anthropic-beta that requests may pass on; none: none")
 
     max_streams: int = _field(5000, "streams that may run at once; more get 503", ge=1)
-    max_body_bytes: Bytes = _field(ByteSize(1 << 20), "largest request body")
+    max_body_bytes: Bytes = _field(ByteSize(32 << 20), "largest request body; photos come in it, as base64")
+    bodies_bytes: LargeBytes = _field(
+        ByteSize(256 << 20), "memory for all request bodies whose answers have not begun; more get 503"
+    )
     max_event_bytes: Bytes = _field(ByteSize(1 << 20), "largest single event of an upstream")
     read_ahead_bytes: Bytes = _field(ByteSize(64 << 10), "how far the upstream is read ahead of the furthest reader")
     write_buffer_bytes: Bytes = _field(ByteSize(16 << 10), "bytes waiting for a reader's socket that count as full")
@@ -221,6 +228,14 @@ class Settings(BaseModel):
                 raise ValueError("each must be a well-formed model name")
         return value
 
+    @field_validator("allow_fields", "allow_betas")
+    @classmethod
+    def _allowed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) is None:
+                raise ValueError("each must have no more than letters, digits, `.`, `_` and `-`")
+        return value
+
     @field_validator("access_tokens")
     @classmethod
     def _tokens(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
@@ -236,6 +251,8 @@ class Settings(BaseModel):
             raise ValueError("max_tokens: must not exceed max_tokens_limit")
         if self.models and self.model not in self.models:
             raise ValueError("model: must be one of models")
+        if self.max_body_bytes > self.bodies_bytes:
+            raise ValueError("bodies_bytes: must be at least max_body_bytes")
         if self.leave_s > self.leave_max_s:
             raise ValueError("leave_s: must not exceed leave_max_s")
         if not self.open and not self.access_tokens and not is_loopback(self.host):

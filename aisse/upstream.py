@@ -11,10 +11,10 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from aiohttp.payload import Payload
 from yarl import URL
 
 import aisse
+from aisse.bodies import Pieces, Question
 from aisse.body import Body
 from aisse.errors import ConfigError, UpstreamError
 from aisse.failures import refusal, request_id, said_error, said_in_success, unreachable
@@ -47,8 +47,8 @@ _IDLE_S = 4.0
 # would have read of it before closing, it would have answered. Later it may have been generated, and billed.
 _CLOSING_S = 1.0
 
-# A body is written in pieces of this size; below it, what was written is with the kernel as good as at once.
-_PIECE_BYTES = 64 << 10
+# Of no more than this, what was written is with the kernel as good as at once.
+_AT_ONCE_BYTES = 64 << 10
 
 
 def key_for(base_url: str, settings: Settings, environ: Mapping[str, str]) -> tuple[str, str] | None:
@@ -99,12 +99,11 @@ def _belongs(url: URL, domain: str, subdomains: bool) -> bool:
     return re.fullmatch(rf"{labels}{re.escape(domain)}\.?", (url.host or "").lower()) is not None
 
 
-class _Question(Payload):
-    """A request's body, and what becomes of it on its way: whether the same request may be sent again."""
+class _Sending(Pieces):
+    """A question on its way, and what becomes of it: whether it may be sent again."""
 
-    def __init__(self, body: bytes) -> None:
-        super().__init__(body, content_type="application/json")
-        self._size = len(body)
+    def __init__(self, question: Question) -> None:
+        super().__init__(question.pieces)
         self._sent: float | None = None
         self.reused = False
         """Whether its connection had carried an answer before."""
@@ -119,22 +118,11 @@ class _Question(Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Writes it to the connection, and notes when it has left."""
-        body: bytes = self._value
-        for start in range(0, len(body), _PIECE_BYTES):
-            await writer.write(body[start : start + _PIECE_BYTES] if len(body) > _PIECE_BYTES else body)
-        if len(body) > _PIECE_BYTES:
+        await super().write(writer)
+        assert self._size is not None
+        if self._size > _AT_ONCE_BYTES:
             await _written(writer)
         self._sent = asyncio.get_running_loop().time()
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """As `write`: the length is the body's own."""
-        assert content_length == self._size
-        await self.write(writer)
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """The body as text."""
-        body: bytes = self._value
-        return body.decode(encoding, errors)
 
 
 async def _written(writer: AbstractStreamWriter) -> None:
@@ -157,12 +145,12 @@ class _Request(aiohttp.ClientRequest):
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         """Begins to send it."""
-        question = self.body
-        assert isinstance(question, _Question)
-        question.reused = not self.fresh
+        sending = self.body
+        assert isinstance(sending, _Sending)
+        sending.reused = not self.fresh
         response = await super().send(conn)
         assert isinstance(response, UpstreamResponse)
-        response.question = question
+        response.sending = sending
         return response
 
 
@@ -215,13 +203,13 @@ class UpstreamResponse(aiohttp.ClientResponse):
     """A response whose body is also given out as it comes, by `raw_body`."""
 
     raw_body: Body
-    question: _Question | None = None
+    sending: _Sending | None = None
     request_id: str | None = None
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Puts the Body in place before the first byte of the response is read."""
         # Not kept: the answer may go on for an hour, and the question be large.
-        question, self.question = self.question, None
+        sending, self.sending = self.sending, None
         protocol = connection.protocol
         if protocol is None or protocol.should_close:
             # Something came that nobody had asked for: aiohttp would take it for this answer.
@@ -230,8 +218,8 @@ class UpstreamResponse(aiohttp.ClientResponse):
         try:
             return await super().start(connection)
         except BaseException:
-            if question is not None:
-                question.answered = self.raw_body.begun
+            if sending is not None:
+                sending.answered = self.raw_body.begun
             self.raw_body.abort()
             raise
 
@@ -289,7 +277,7 @@ class Upstream:
                 await session.close()
         self._session = self._fresh = None
 
-    async def open(self, body: bytes) -> UpstreamResponse:
+    async def open(self, question: Question) -> UpstreamResponse:
         """Sends one request and returns its response at its headers: 200 and an event stream.
 
         A request that met the close of an idle connection (RFC 9112, section 9.3.1) is sent once more, at once, on a
@@ -297,7 +285,7 @@ class Upstream:
         closes the connection.
         """
         try:
-            response = await self._ask(body)
+            response = await self._ask(question)
         except aiohttp.ConnectionTimeoutError as error:
             raise UpstreamError(
                 "timeout_error", "the upstream could not be reached in time", 504, cause=unreachable(error)
@@ -314,24 +302,26 @@ class Upstream:
             raise
         return response
 
-    async def _ask(self, body: bytes) -> UpstreamResponse:
+    async def _ask(self, question: Question) -> UpstreamResponse:
         assert self._session is not None
         assert self._fresh is not None
-        question = _Question(body)
+        sending = _Sending(question)
         try:
-            response = await self._post(self._session, question)
+            response = await self._post(self._session, question, sending)
         except (aiohttp.ClientError, OSError):
-            if not question.met_a_close():
+            if not sending.met_a_close():
                 raise
         else:
             # What some servers say as they close an idle connection, RFC 9110, section 15.5.9: no request has come.
-            if not (response.status == 408 and question.met_a_close()):
+            if not (response.status == 408 and sending.met_a_close()):
                 return response
             response.close()
-        return await self._post(self._fresh, _Question(body))
+        return await self._post(self._fresh, question, _Sending(question))
 
-    async def _post(self, session: aiohttp.ClientSession, question: _Question) -> UpstreamResponse:
-        response = await session.post(self._url, data=question, allow_redirects=False, proxy=self._proxy)
+    async def _post(self, session: aiohttp.ClientSession, question: Question, sending: _Sending) -> UpstreamResponse:
+        response = await session.post(
+            self._url, data=sending, headers=question.headers, allow_redirects=False, proxy=self._proxy
+        )
         assert isinstance(response, UpstreamResponse)
         return response
 

@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 
 from aisse import registry as registry_module
 from aisse.app import runner_arguments
+from aisse.bodies import Question
 from aisse.reader import RETRY_MS, Reader, StreamResponse
 from aisse.registry import Registry
 from aisse.replay.memory import MemoryLog, ReplayMemory
@@ -431,7 +432,7 @@ async def test_reader_that_catches_up_before_the_relay_has_its_turn_does_not_lea
             pass
 
     class Nowhere(Upstream):
-        async def open(self, body: bytes) -> UpstreamResponse:
+        async def open(self, question: Question) -> UpstreamResponse:
             return cast("UpstreamResponse", response)
 
     class Behind:
@@ -449,7 +450,7 @@ async def test_reader_that_catches_up_before_the_relay_has_its_turn_does_not_lea
     body = response.raw_body
     settings = Settings(upstream=NOWHERE)
     registry = Registry(settings, Nowhere(NOWHERE, settings))
-    stream = registry.create(b"{}", leave_s=60)
+    stream = registry.create(Question([b"{}"]), leave_s=60)
     stream.attach(Behind())
     await eventually(lambda: hasattr(body, "on_data"))
     for _ in range(3):

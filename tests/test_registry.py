@@ -17,6 +17,7 @@ from rawclient import RawClient
 from structlog.testing import capture_logs
 
 from aisse import registry as registry_module
+from aisse.bodies import Question
 from aisse.errors import LimitError, RequestError, UpstreamError
 from aisse.formats import AnthropicFormat, Mark
 from aisse.reader import Reader
@@ -42,7 +43,7 @@ class SilentUpstream(Upstream):
         super().__init__(NOWHERE, settings)
         self.waiting = 0
 
-    async def open(self, body: bytes) -> UpstreamResponse:
+    async def open(self, question: Question) -> UpstreamResponse:
         self.waiting += 1
         try:
             await asyncio.Event().wait()
@@ -54,14 +55,15 @@ class SilentUpstream(Upstream):
 class FailingUpstream(SilentUpstream):
     """Has a bug in it for the body `bug`, refuses `refuse`, and is silent for every other."""
 
-    async def open(self, body: bytes) -> UpstreamResponse:
+    async def open(self, question: Question) -> UpstreamResponse:
+        body = question.pieces[0]
         if body == b"bug":
             raise KeyError("a bug")
         if body == b"refuse":
             raise UpstreamError("invalid_request_error", "no", 400, None, 400)
         if body == b"fail":
             raise UpstreamError("api_error", "failed", 502, None, 500)
-        return await super().open(body)
+        return await super().open(question)
 
 
 class Attached:
@@ -94,7 +96,7 @@ class Bed:
         self.registry = Registry(self.settings, self.upstream)
 
     def create(self, body: bytes = b"{}", leave_s: float = 60.0) -> Stream:
-        return self.registry.create(body, leave_s)
+        return self.registry.create(Question([body]), leave_s)
 
     def finished(self, size: int = 1000) -> Stream:
         """A stream of at least `size` bytes that is complete."""
@@ -493,7 +495,7 @@ async def test_reader_whose_record_fails_costs_the_others_no_heartbeat(simulator
             clients.append(client)
         streams = list(server.registry._running.values())
         body = prompt("[[first_s=60]]", model="m", max_tokens=1, stream=True)
-        abandoned = server.registry.create(json.dumps(body).encode(), 0.3)
+        abandoned = server.registry.create(Question([json.dumps(body).encode()]), 0.3)
         Attached(abandoned).leave()
         with capture_logs() as logs, contextlib.ExitStack() as bad:
             # Before and after the others in whatever order the registry goes through them.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from aisse.bodies import Question
     from aisse.simulator import Simulator
     from aisse.stream import Stream
 
@@ -238,8 +239,8 @@ async def test_upstream_cut_before_the_relay_runs_gives_the_whole_frames_before_
     """As above, but the relay's task gets its turn only after the connection is gone."""
     open_ = Upstream.open
 
-    async def open_late(self: Upstream, body: bytes) -> UpstreamResponse:
-        response = await open_(self, body)
+    async def open_late(self: Upstream, question: Question) -> UpstreamResponse:
+        response = await open_(self, question)
         connection = response.connection
         if connection is not None:
             await eventually(lambda: connection.transport is None)

@@ -42,9 +42,10 @@ from rawupstream import (
 from structlog.testing import capture_logs
 
 import aisse
+from aisse.bodies import Question
 from aisse.errors import ConfigError, UpstreamError
 from aisse.settings import Settings
-from aisse.upstream import Upstream, _Question, key_for, needs_key
+from aisse.upstream import Upstream, _Sending, key_for, needs_key
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -407,7 +408,6 @@ async def test_request_has_the_headers_of_the_api_and_none_of_the_clients(client
         "X-Forwarded-For": "192.0.2.1",
         "X-Api-Key": "the-clients-own",
         "Anthropic-Version": "1999-01-01",
-        "Anthropic-Beta": "everything",
         "Accept-Encoding": "gzip, br",
         "User-Agent": "the-clients-browser",
     }
@@ -685,9 +685,9 @@ async def test_question_is_not_kept_while_its_answer_is_read() -> None:
         await connection.lost.wait()
 
     async with raw_upstream(serve) as upstream, started(upstream.url) as asked:
-        response = await asked.open(b" " * 100_000)
+        response = await asked.open(Question([b" " * 100_000]))
         gc.collect()
-        assert not [kept for kept in gc.get_objects() if isinstance(kept, _Question)]
+        assert not [kept for kept in gc.get_objects() if isinstance(kept, _Sending)]
         response.raw_body.abort()
         response.close()
 
@@ -1101,7 +1101,7 @@ async def test_connection_that_fails_after_the_commit_is_an_error_event(
 async def test_upstream_that_was_never_started_is_a_bug() -> None:
     upstream = Upstream("http://127.0.0.1:1", Settings())
     with pytest.raises(AssertionError):
-        await upstream.open(b"{}")
+        await upstream.open(Question([b"{}"]))
     await upstream.close()  # idempotent
 
 

@@ -13,7 +13,8 @@ from aiohttp import hdrs, web
 from aisse.errors import RequestError, UnknownStreamError
 from aisse.reader import Reader, StreamResponse, stream_url, turn_away
 from aisse.routes.access import Access
-from aisse.routes.question import read_body, upstream_body
+from aisse.routes.intake import read_away
+from aisse.routes.question import Asking
 from aisse.stream import State
 
 if TYPE_CHECKING:
@@ -39,35 +40,34 @@ _CURSOR = re.compile(rf"({_ID})\.([0-9]{{1,16}})")
 def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.RouteDef]:
     """The chat API. Handlers raise RequestError and StreamError; `app` turns them into responses."""
     access = Access(settings)
+    asking = Asking(settings)
 
     async def post(request: web.Request) -> web.StreamResponse:
         who = access.check(request)
         cursor = parse_cursor(request.headers.get("Last-Event-ID", ""))
         if cursor is not None:
             # Clients repeat their POST on a lost connection: it joins, whatever its body, and never starts anything.
-            await read_body(request, settings)
+            await read_away(request, settings)
             try:
                 return await read(request, await registry.find(cursor[0]), cursor[1])
             except RequestError:
                 # It may be on the server that follows this one.
                 registry.admit()
                 raise
-        stream = await start(request.headers, await read_body(request, settings), who)
+        stream = await start(request, who)
         # Nothing may wait before a reader is attached: a stream that nobody has attached to is nobody's to end.
         if _prefers_async(request.headers):
             return await accept(stream)
         return await read(request, stream, 0)
 
-    async def start(headers: CIMultiDictProxy[str], body: bytes, who: bytes) -> Stream:
-        # A function of its own, so that the body goes when it has been sent.
-        question = upstream_body(body, settings)
-        leave_s = parse_leave(headers, settings)
-        key = headers.get("Idempotency-Key")
-        if key is None:
-            return registry.create(question, leave_s)
-        if re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
-            raise RequestError(400, "invalid_request_error", "must be 1 to 255 printable characters", "Idempotency-Key")
-        return await registry.create_once((who, key), question, leave_s)
+    async def start(request: web.Request, who: bytes) -> Stream:
+        # A function of its own, so that nothing here keeps the body when it has been sent.
+        with registry.bodies.hold() as hold:
+            question = await asking.read(request, hold)
+            leave_s = parse_leave(request.headers, settings)
+            if (key := parse_key(request.headers)) is None:
+                return registry.create(question, leave_s)
+            return await registry.create_once((who, key), question, leave_s)
 
     async def get(request: web.Request) -> web.StreamResponse:
         stream_id = stream_in(request)
@@ -158,6 +158,14 @@ def parse_cursor(text: str, field: str = "Last-Event-ID") -> tuple[str, int] | N
     if match is None or int(match[2]) > _MAX_SEQ:
         raise RequestError(400, "invalid_request_error", "is no cursor of this server", field)
     return match[1], int(match[2])
+
+
+def parse_key(headers: Mapping[str, str]) -> str | None:
+    """The Idempotency-Key, None where there is none. Raises RequestError (400)."""
+    key = headers.get("Idempotency-Key")
+    if key is not None and re.fullmatch(r"[\x21-\x7e]{1,255}", key) is None:
+        raise RequestError(400, "invalid_request_error", "must be 1 to 255 printable characters", "Idempotency-Key")
+    return key
 
 
 def parse_leave(headers: Mapping[str, str], settings: Settings) -> float:

@@ -45,6 +45,7 @@ def routes(
             "oldestStallSeconds": round(oldest_s, 1),
             "bufferedBytes": registry.buffered_bytes,
             "replayBytes": registry.replay_bytes,
+            "bodiesBytes": registry.bodies.used,
             "eventLoopLagMs": round(registry.loop_lag_s * 1000, 1),
             "logLinesDropped": log_lines_dropped(),
             "log": log_kind(settings),

@@ -678,7 +678,7 @@ async def test_refusals_of_nginx_itself_have_the_shape_of_ours() -> None:
                 return client.status, json.loads(text)["error"], client.headers
 
         async def run(via: Via) -> None:
-            limit = 1 << 20
+            limit = 32 << 20
             status, error, _ = await post(via, b"x" * (limit + 1))
             assert (status, error["type"]) == (413, "request_too_large")
             status, error, _ = await post(via, b"x" * limit)

@@ -37,6 +37,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "oldestStallSeconds": (int, float),
     "bufferedBytes": int,
     "replayBytes": int,
+    "bodiesBytes": int,
     "eventLoopLagMs": (int, float),
     "logLinesDropped": int,
     "log": str,
@@ -85,7 +86,7 @@ async def test_health_of_an_idle_server_has_every_field(server: Server) -> None:
     counts = {name: value for name, value in said.items() if value == 0}
     assert counts.keys() >= {
         *("activeStreams", "totalRequests", "failedRequests", "totalTokens", "tokensPerSecond"),
-        *("readers", "stalledReaders", "oldestStallSeconds", "bufferedBytes", "replayBytes"),
+        *("readers", "stalledReaders", "oldestStallSeconds", "bufferedBytes", "replayBytes", "bodiesBytes"),
     }
     assert said["status"] == "healthy"
     assert said["logLinesDropped"] == 0

@@ -1,0 +1,109 @@
+"""Questions on their way from a client to the upstream, and the memory that all of them take."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from aiohttp import payload
+
+from aisse.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from aiohttp.abc import AbstractStreamWriter
+
+# What is written at once. A socket on loopback takes 32 MiB without a pause: in one go nothing else ran for 9 ms.
+_WRITE_BYTES = 64 << 10
+
+
+class Bodies:
+    """Counts the bytes of all questions that have come and whose answers have not begun; bounded by `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def hold(self) -> Hold:
+        """The share of a body that is about to come; a context manager, see Hold."""
+        return Hold(self)
+
+
+class Hold:
+    """The share that one body has in all: given back at the end of the `with`, unless a relay has taken it over."""
+
+    __slots__ = ("_bodies", "_size", "taken_over")
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._size = 0
+        self.taken_over = False
+
+    def grow(self, size: int) -> None:
+        """So many bytes more have come. Raises RequestError (503) where there is no room for them."""
+        bodies = self._bodies
+        if bodies.used + size > bodies.limit:
+            raise RequestError(503, "overloaded_error", "the memory for questions is full", retry_after_s=1)
+        bodies.used += size
+        self._size += size
+
+    def release(self) -> None:
+        """Nothing of the body is kept any more. Idempotent."""
+        self._bodies.used -= self._size
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if not self.taken_over:
+            self.release()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Question:
+    """What the upstream is asked for a client: its body in pieces, which are sent one after the other.
+
+    `betas` are the values of `anthropic-beta`, joined by commas. `digest` tells a request from another one that comes
+    with the same Idempotency-Key; empty where none came.
+    """
+
+    pieces: Sequence[bytes | memoryview]
+    betas: str = ""
+    digest: bytes = b""
+    hold: Hold | None = None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the upstream is told beside what it is told with every request."""
+        return {"anthropic-beta": self.betas} if self.betas else {}
+
+
+class Pieces(payload.Payload):
+    """The body of one request of aiohttp's client. It is sent without being joined, and lets others run in between."""
+
+    _autoclose = True  # there is nothing to close
+
+    def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
+        super().__init__(pieces, content_type="application/json")
+        self._size = sum(len(piece) for piece in pieces)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Writes everything; waits while the connection takes nothing."""
+        for piece in self._value:
+            if len(piece) <= _WRITE_BYTES:
+                await writer.write(piece)
+                continue
+            view = memoryview(piece)
+            for start in range(0, len(view), _WRITE_BYTES):
+                await writer.write(view[start : start + _WRITE_BYTES])
+                await asyncio.sleep(0)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The body as text: aiohttp asks for it, but does not use it where it writes."""
+        return b"".join(self._value).decode(encoding, errors)
