@@ -495,7 +495,7 @@ async def started(url: str, **settings: Any) -> AsyncIterator[Upstream]:
 
 async def answered(upstream: Upstream, question: bytes = b"{}") -> bytes:
     """The whole body of the answer to one question."""
-    response = await upstream.open(question)
+    response = await upstream.open(Question([question]))
     out: list[bytes] = []
     ended = asyncio.get_running_loop().create_future()
     response.raw_body.listen(response.content, out.append, lambda: ended.set_result(None))

@@ -1,5 +1,5 @@
 """Measures aisse beside the naive aiohttp relay and its twin in Node: CPU a token, latency, memory, lost tokens,
-what it takes to read an answer again, and a log that nobody reads.
+what it takes to read an answer again, a log that nobody reads, and how long others wait beside the worst questions.
 
 Upstream, relay and load are processes of their own, on CPUs of their own where there are two; every token is verified
 by its number. Prints one table to stdout, progress to stderr; the exit code is 1 where a bound was missed.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import hostile
 import resume
 import sections
 import shared
@@ -26,7 +27,7 @@ from measure import machine
 from processes import FOLDER, BenchError, Child, Kind, LoadDriver, placement, relay_kinds
 from table import NODE, Report, text
 
-_PARTS = ("throughput", "idle", "stalled", "resume", "shared", "log")
+_PARTS = ("throughput", "idle", "stalled", "resume", "shared", "log", "question")
 _RELAYS = ("aisse", "naive", "node")
 
 
@@ -92,6 +93,8 @@ def measure(asked: argparse.Namespace, kinds: Sequence[Kind]) -> Report:
             report.shared = {kind.name: shared.shared(ready, kind) for kind in kinds if kind.settings}
         if "log" in asked.only:
             report.unread = {kind.name: unread.unread(ready, kind) for kind in kinds if kind.settings}
+        if "question" in asked.only:
+            report.question = {kind.name: hostile.hostile(ready, kind) for kind in kinds if kind.settings}
     return report
 
 

@@ -64,6 +64,8 @@ class Scale:
     logged: int = 10_000
     logged_at_once: int = 100
     logged_tokens: int = 20
+    question_bytes: tuple[int, ...] = (8 << 20, 32 << 20)
+    question_tries: int = 5
 
 
 QUICK = Scale(
@@ -98,6 +100,8 @@ QUICK = Scale(
     logged=120,
     logged_at_once=20,
     logged_tokens=5,
+    question_bytes=(128 << 10,),
+    question_tries=1,
 )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from hostile import Hostile
 from resume import Kept, Replay, Resume
 from sections import DIRECT, Idle, Paced, Scale, Stalled
 from shared import Shared
@@ -33,6 +34,8 @@ CONNECTIONS = 10
 UNREAD_P99_OVER_MS = 5.0
 # "Not slower": what a median moves from one quiet run to the next.
 LOOK_UP_OVER_MS = 0.1
+# How long others may wait, by the size of a question up to which that holds.
+QUESTION_MS = {8 << 20: 20.0, 32 << 20: 60.0}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Report:
     resume: dict[str, Resume] = field(default_factory=dict)
     shared: dict[str, Shared] = field(default_factory=dict)
     unread: dict[str, Unread] = field(default_factory=dict)
+    question: dict[str, list[Hostile]] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         return [
@@ -65,6 +69,7 @@ class Report:
             *(_resume_rows(self.resume[US], self.scale) if US in self.resume else []),
             *(_shared_rows(self.shared[US], self.scale) if US in self.shared else []),
             *(_unread_rows(self.unread[US], self.scale) if US in self.unread else []),
+            *(row for size in self.question.get(US, []) for row in _question_rows(size)),
         ]
 
     def marks(self) -> list[str]:
@@ -307,6 +312,18 @@ def _shared_rows(ours: Shared, scale: Scale) -> list[Row]:
         _verdicts({US: verdicts}),
         _ids(verdicts),
         Row("  runs marked", {US: f"{marked} of {2 * len(ours.memory)}"}, "0", not marked),
+    ]
+
+
+def _question_rows(ours: Hostile) -> list[Row]:
+    bound = next(bound for size, bound in QUESTION_MS.items() if ours.size <= size)
+    worst_ms = ours.waits_ms[ours.worst]
+    return [
+        Row(f"{len(ours.waits_ms)} hostile questions of {ours.size / (1 << 20):g} MiB, medians of {ours.tries}"),
+        Row("  longest wait of others without them, ms", {US: f"{ours.quiet_ms:.1f}"}),
+        Row("  longest wait of others, the median, ms", {US: f"{median(ours.waits_ms.values()):.1f}"}),
+        Row("  longest wait of others, the worst, ms", {US: f"{worst_ms:.1f}"}, f"<= {bound:g}", worst_ms <= bound),
+        Row(f"    {ours.worst}"),
     ]
 
 

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import resume
+from hostile import Hostile
 from resume import Kept, Replay, Resume
 from sections import Scale
 from table import Report
@@ -37,7 +39,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     folder = tmp_path_factory.mktemp("bench")
     asked = {
         "whole": (["--relays", "aisse", "--only", "throughput,idle,stalled", "--no-fail"], None),
-        "resume": (["--relays", "aisse,naive", "--only", "resume", "--no-fail"], None),
+        "resume": (["--relays", "aisse,naive", "--only", "resume,question", "--no-fail"], None),
         "faulty": (["--relays", ",".join(f"faulty-{fault}" for fault in FAULTS), "--only", "throughput"], None),
         "no node": (["--relays", "node", "--only", "throughput"], {"PATH": ""}),
     }
@@ -141,6 +143,23 @@ def test_relay_that_cannot_run_is_skipped_with_reason(outcomes: dict[str, Outcom
     """Without Node the rest is measured and the table says what is missing."""
     assert outcomes["no node"].code == 0, outcomes["no node"].progress
     assert "skipped: node: node is not installed" in outcomes["no node"].table
+
+
+def test_quick_run_sends_every_hostile_question(outcomes: dict[str, Outcome]) -> None:
+    """Others were answered beside each, and each was answered."""
+    (found,) = outcomes["resume"].record["question"]["aisse"]
+    assert found["waits_ms"].keys() == found["statuses"].keys() == {name for name, _ in hostile.bodies(found["size"])}
+    assert len(found["waits_ms"]) >= 30
+    assert all(wait_ms > 0 for wait_ms in found["waits_ms"].values())
+    assert set(found["statuses"].values()) == {200, 400}  # too small for the bounds
+
+
+def test_question_row_names_the_worst_and_whether_it_is_within_its_bound() -> None:
+    for size, worst_ms, reached in ((8 << 20, 20.0, True), (8 << 20, 20.1, False), (9 << 20, 60.0, True)):
+        found = Hostile(size, 5, {"a": 1.0, "b": worst_ms}, {"a": 200, "b": 400}, 0.5)
+        rows = Report(Scale(), question={"aisse": [found]}).rows()
+        assert [row.reached for row in rows if row.bound] == [reached]
+        assert rows[-1].label.strip() == "b"
 
 
 def test_resume_rows_name_the_bound_that_was_missed() -> None:
