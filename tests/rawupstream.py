@@ -82,6 +82,8 @@ class Connection(asyncio.Protocol):
 
     def rst(self) -> None:
         """Resets."""
+        if self._sock.fileno() < 0:
+            return  # the other side has closed already
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
