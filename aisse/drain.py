@@ -153,7 +153,7 @@ class Drain:
         if self._moving:
             # Now, and not when it is closed: clients that know the event leave by themselves.
             now = asyncio.get_running_loop().time()
-            reader.stream.expect_reader(now + self._settings.reconnect_spread_s + _COME_BACK_S)
+            reader.stream.moved_until = now + self._settings.reconnect_spread_s + _COME_BACK_S
 
     def reconnect(self, *, resume: bool) -> bytes:
         """The event that tells one reader when to come back if its connection ends.

@@ -102,6 +102,7 @@ class Reader:
         "_closing",
         "_compact",
         "_control",
+        "_expected",
         "_last_taken",
         "_last_write",
         "_loop",
@@ -120,8 +121,12 @@ class Reader:
         "stream",
     )
 
-    def __init__(self, stream: Stream, settings: Settings, seq: int = 0, *, compacted: bool = False) -> None:
+    def __init__(
+        self, stream: Stream, settings: Settings, seq: int = 0, *, compacted: bool = False, expected: bool = False
+    ) -> None:
         """Continues after event `seq`; `compacted` merges runs of deltas where the reader is behind.
+
+        `expected` is who may be the one that was told of the stream's URL.
 
         At or beyond the end of a stream that has ended, `end` is written again. Beyond the tail of one that runs, the
         reader waits for it: a producer that crashed may have told its readers more than it had put into a shared log.
@@ -129,6 +134,7 @@ class Reader:
         self.stream = stream
         self.position = 0
         self._compact = compacted
+        self._expected = expected
         self._seq = seq
         self._settings = settings
         self._write_buffer_bytes = int(settings.write_buffer_bytes)
@@ -155,7 +161,7 @@ class Reader:
         detaches the reader; a client that takes nothing is ended by `evict`, which raises ConnectionError here.
         """
         stream = self.stream
-        stream.attach(self)
+        stream.attach(self, expected=self._expected)
         try:
             await stream.answerable(self._settings.first_byte_commit_s)
             response = StreamResponse(stream.id, self._settings)

@@ -119,8 +119,8 @@ class AttachedReader(Protocol):
         """Lets the reader's own task look at the stream again."""
 
 
-class _Asker:
-    """Somebody who waits for the answer's status only."""
+class _StandIn:
+    """Counts as a reader, and is written nothing."""
 
     position = 0
 
@@ -131,7 +131,11 @@ class _Asker:
         pass
 
 
-class Elsewhere(_Asker):
+class _Asker(_StandIn):
+    """Somebody who waits for the answer's status only."""
+
+
+class Elsewhere(_StandIn):
     """The readers that a stream has on other instances, like one that is behind: they tell how far they are."""
 
 
@@ -144,7 +148,8 @@ class Stream:
     __slots__ = (
         "_caught_up",
         "_committed",
-        "_first_reader_by",
+        "_expected",
+        "_expected_by",
         "_furthest",
         "_gate",
         "_on_end",
@@ -165,6 +170,7 @@ class Stream:
         "leave_s",
         "left",
         "log",
+        "moved_until",
         "reason",
         "state",
         "usage",
@@ -197,7 +203,10 @@ class Stream:
         self.leave_s = leave_s
         self.content_events = 0
         self._committed = False
-        self._first_reader_by = 0.0
+        self._expected = 0  # who was told of the stream, and has not come to read it
+        self._expected_by = 0.0
+        self.moved_until = 0.0
+        """Until then readers that were moved may come back; it does not end before for want of a reader."""
         self.last_reader_stalled = False
         self._readers: set[AttachedReader] = set()
         self._caught_up: dict[AttachedReader, None] = {}  # readers at the tail, in the order in which they got there
@@ -317,18 +326,24 @@ class Stream:
     @property
     def leaves_at(self) -> float | None:
         """When a stream that nobody reads is to end, on the loop's clock; None while somebody does."""
-        return max(self.left + self.leave_s, self._first_reader_by) if self.left is not None else None
+        return max(self.left + self.leave_s, self._expected_by, self.moved_until) if self.left is not None else None
 
     def expect_reader(self, by: float) -> None:
         """Somebody was told of the stream without reading it: it does not end before `by` for want of a reader."""
-        self._first_reader_by = by
+        self._expected += 1
+        self._expected_by = max(self._expected_by, by)
 
-    def attach(self, reader: AttachedReader) -> None:
-        """Counts a reader from now on, before it has been answered."""
+    def attach(self, reader: AttachedReader, *, expected: bool = False) -> None:
+        """Counts a reader from now on, before it has been answered.
+
+        One that was `expected` has come: once all have, the leave time counts. Nobody else shortens their time.
+        """
         self._readers.add(reader)
         self.left = None
-        if not isinstance(reader, _Asker):
-            self._first_reader_by = 0.0  # it has come; from here on the leave time counts
+        if expected and self._expected:
+            self._expected -= 1
+            if not self._expected:
+                self._expected_by = 0.0
 
     def detach(self, reader: AttachedReader, *, stalled: bool = False) -> None:
         """The reader is gone; `stalled` if bytes were waiting for it, as for one that is evicted. Idempotent."""

@@ -429,6 +429,33 @@ async def test_drain_moves_readers_and_goes_on_generating_for_them(redis: Redis)
         assert time.monotonic() - begun < 15  # with its last stream, and not with its deadline
 
 
+async def test_late_joiner_leaves_those_their_time_that_were_moved(redis: Redis) -> None:
+    async with fleet(redis.url, drain_s=60) as f:
+        path = await f.ask(0, "[[tokens=5000 pace=50]]", Aisse_On_Leave="cancel")
+        stream = f.instances[0].registry.get(path[-22:])
+        assert stream is not None
+        async with await RawClient.connect(f.instances[0].address) as moved:
+            await moved.get(path)
+            await moved.answered()
+            drain = asyncio.create_task(f.instances[0].drain.run())
+            try:
+                await moved.read_to_end()
+                until = stream.leaves_at
+                assert until is not None
+                headers = {"Last-Event-ID": f"{path[-22:]}.1"}
+                async with f.client.post(f.instances[0].chat, json=prompt("hello"), headers=headers) as late:
+                    assert late.status == 200
+                    assert stream.leaves_at is None
+                await eventually(lambda: stream.left is not None)
+                assert stream.leaves_at is not None
+                assert stream.leaves_at >= until
+                assert stream.reason is None
+            finally:
+                drain.cancel()
+                await asyncio.gather(drain, return_exceptions=True)
+                await f.instances[0].registry.close()
+
+
 async def test_stream_that_outlasts_the_drain_ends_as_shutdown_elsewhere(redis: Redis) -> None:
     async with fleet(redis.url, drain_s=1.5) as f:
         path = await f.ask(0, "[[tokens=5000 pace=50]]")

@@ -20,7 +20,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from aisse.errors import StreamError, UpstreamError
 from aisse.replay.memory import SEGMENT_BYTES, MemoryLog, ReplayMemory
 from aisse.sse import Parser, frame
-from aisse.stream import HOLE, TRANSITIONS, WITHOUT_ERROR, Reason, State, Stream, ending, failure
+from aisse.stream import HOLE, TRANSITIONS, WITHOUT_ERROR, Elsewhere, Reason, State, Stream, ending, failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -541,6 +541,49 @@ async def test_last_reader_that_leaves_may_end_the_stream() -> None:
     assert reader.got == []
 
 
+def time_left(stream: Stream) -> float:
+    """How long the stream goes on from now on without readers."""
+    assert stream.leaves_at is not None
+    return stream.leaves_at - asyncio.get_running_loop().time()
+
+
+async def test_stream_goes_on_until_everybody_has_come_who_was_told_of_it() -> None:
+    stream = make_stream(leave_s=0)
+    now = asyncio.get_running_loop().time()
+    stream.expect_reader(now + 100)
+    stream.expect_reader(now + 50)
+    for _ in range(2):
+        reader = FakeReader()
+        stream.attach(reader)  # it knew of the stream by itself
+        stream.detach(reader)
+        assert time_left(stream) > 90
+    for expects in (True, False):
+        reader = FakeReader()
+        stream.attach(reader, expected=True)
+        stream.detach(reader)
+        assert (time_left(stream) > 90) is expects
+
+
+async def test_readers_that_were_moved_have_their_time_whoever_joins() -> None:
+    stream = make_stream(leave_s=0)
+    stream.moved_until = asyncio.get_running_loop().time() + 100
+    for expected in (False, True):
+        reader = FakeReader()
+        stream.attach(reader, expected=expected)
+        stream.detach(reader)
+        assert time_left(stream) > 90
+
+
+async def test_somebody_who_is_expected_where_nobody_was_told_shortens_nothing() -> None:
+    """A second tab may come before the stream's 202 was told."""
+    stream = make_stream(leave_s=0)
+    early = FakeReader()
+    stream.attach(early, expected=True)
+    stream.expect_reader(asyncio.get_running_loop().time() + 100)
+    stream.detach(early)
+    assert time_left(stream) > 90
+
+
 def finish(stream: Stream, _readers: list[FakeReader]) -> None:
     stream.finish(Reason.COMPLETE)
 
@@ -633,6 +676,22 @@ async def test_upstream_stays_held_back_after_the_last_reader_left_stalled() -> 
     assert held_back(stream)
     assert not flow.run()
     stream.detach(reader)
+    assert not held_back(stream)
+    assert flow.run()
+
+
+async def test_upstream_stays_held_back_after_readers_elsewhere_left_stalled() -> None:
+    """They were the brake as much as one here is."""
+    stream = make_stream()
+    elsewhere = Elsewhere()
+    stream.attach(elsewhere)
+    publish_bytes(stream, READ_AHEAD)
+    flow = Flow(stream)
+    stream.detach(elsewhere, stalled=True)
+    assert held_back(stream)
+    assert not flow.run()
+    stream.attach(elsewhere)
+    stream.detach(elsewhere)
     assert not held_back(stream)
     assert flow.run()
 

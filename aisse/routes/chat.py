@@ -88,15 +88,17 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         if stream.state is State.ENDED and seq == stream.log.last_seq:
             # The one answer on which a native EventSource stops for good.
             return web.Response(status=204, headers=_location(stream.id, settings))
-        return await read(request, stream, seq, compacted=compacted)
+        return await read(request, stream, seq, compacted=compacted, expected=True)
 
     async def stop(request: web.Request) -> web.Response:
         stream_id = stream_in(request)
         await registry.stop(stream_id)
         return web.Response(status=204, headers=_location(stream_id, settings))
 
-    async def read(request: web.Request, stream: Stream, seq: int, *, compacted: bool = False) -> web.StreamResponse:
-        reader = Reader(stream, settings, seq, compacted=compacted)
+    async def read(
+        request: web.Request, stream: Stream, seq: int, *, compacted: bool = False, expected: bool = False
+    ) -> web.StreamResponse:
+        reader = Reader(stream, settings, seq, compacted=compacted, expected=expected)
         drain.greet(reader)
         with registry.reading(reader):
             return await reader.run(request)
@@ -217,10 +219,20 @@ def _prefers_async(headers: CIMultiDictProxy[str]) -> bool:
 
 
 def _wants_state(accept: str) -> bool:
-    """Whether JSON is preferred to a stream (RFC 9110, section 12.5.1); `*/*` alone means the stream."""
+    """Whether JSON is preferred to a stream (RFC 9110, section 12.5.1): by its weight, then as what is named closer.
+
+    `*/*` alone means the stream, and so does no header.
+    """
     qualities = dict(map(_media_range, accept.split(",")))
-    json_quality = qualities.get("application/json", 0.0)
-    return json_quality > qualities.get("text/event-stream", 0.0) and json_quality >= qualities.get("*/*", 0.0)
+    json_quality = _quality(qualities, "application/json")
+    return json_quality[0] > 0 and json_quality > _quality(qualities, "text/event-stream")
+
+
+def _quality(qualities: Mapping[str, float], media: str) -> tuple[float, int]:
+    """The weight of a media type, by the closest range that it is in, and how close that is."""
+    ranges = ("*/*", media.partition("/")[0] + "/*", media)
+    close = max((close for close, name in enumerate(ranges) if name in qualities), default=-1)
+    return (qualities[ranges[close]], close) if close >= 0 else (0.0, -1)
 
 
 def _media_range(text: str) -> tuple[str, float]:

@@ -188,6 +188,34 @@ async def test_state_tells_where_a_running_stream_stands() -> None:
         assert server.registry.readers == 0
 
 
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("application/json", "application/json"),
+        ("application/json, text/plain, */*", "application/json"),
+        ("application/*", "application/json"),
+        ("*/*;q=0.5, application/*", "application/json"),
+        ("text/event-stream;q=0, */*", "application/json"),
+        ("text/*;q=0.4, application/json;q=0.5", "application/json"),
+        ("text/*;q=1, application/json;q=0.5", "text/event-stream"),
+        ("text/*, application/json", "application/json"),
+        ("text/*, application/*", "text/event-stream"),
+        ("application/json;q=0", "text/event-stream"),
+        ("application/json;q=0, */*", "text/event-stream"),
+        ("text/html, */*;q=0.8", "text/event-stream"),
+        ("image/png", "text/event-stream"),
+        ("application/json;q=0.5, */*;q=0.6", "text/event-stream"),
+        ("TEXT/*; Q=0.9 , application/json; q=0.8", "text/event-stream"),
+    ],
+)
+async def test_accept_prefers_by_weight_then_by_what_is_named_closer(
+    server: Server, accept: str, expected: str
+) -> None:
+    path, _ = await finished(server)
+    answer = await ask(server, "GET", path, Accept=accept)
+    assert answer.headers["Content-Type"].partition(";")[0] == expected
+
+
 async def test_state_is_told_whatever_cursor_came_with_the_question(server: Server) -> None:
     path, written = await finished(server)
     answer = await ask(server, "GET", path, Accept="application/json", Last_Event_ID=written.frames[-1].id)
