@@ -8,9 +8,10 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from aiohttp import hdrs, web, web_response
+from aiohttp import hdrs, web
 
 import aisse
+from aisse.connection import SERVER, connections
 from aisse.drain import Drain
 from aisse.errors import ConfigError, DrainingError, RequestError, StreamError, error_body
 from aisse.listener import Listener
@@ -43,8 +44,6 @@ _LAST_HANDLERS_S = 0.5
 
 # How often a supervisor is told how many streams run.
 _STATUS_S = 1.0
-
-_SERVER = "aisse"
 
 _log = structlog.get_logger("aisse.app")
 
@@ -168,12 +167,10 @@ async def serve(
             **runner_arguments(settings),
         )
         await runner.setup()
-        # What aiohttp answers by itself, to what is no HTTP, passes no signal of the application's.
-        web_response.SERVER_SOFTWARE = _SERVER  # type: ignore[attr-defined]
         stack.push_async_callback(runner.cleanup)
-        _check_limits(runner, settings)
         assert runner.server is not None
-        listener = await Listener.open(runner.server, settings.host, settings.port, sockets)
+        connection = connections(runner.server, runner_arguments(settings))
+        listener = await Listener.open(connection, settings.host, settings.port, sockets)
         stack.push_async_callback(listener.close)
         url = listener.url
         if not settings.access_tokens:
@@ -247,14 +244,6 @@ async def _upstream_address(settings: Settings, stack: contextlib.AsyncExitStack
     return settings.upstream, None
 
 
-def _check_limits(runner: web.AppRunner, settings: Settings) -> None:
-    # aiohttp meets an argument that it does not know by dropping all of them, with no more than a warning.
-    assert runner.server is not None
-    handler = runner.server()
-    if handler.keepalive_timeout != settings.keep_alive_s or handler._lingering_time != _LINGERING_S:  # noqa: SLF001 - no public way to ask
-        raise AssertionError("aiohttp did not take the limits that it was given")
-
-
 def _drained(registry: Registry, api: tuple[str, ...]) -> Middleware:
     """Has a drain wait for the API's requests, and closes their connections with their answers meanwhile.
 
@@ -283,11 +272,16 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except Exception as error:
         if request.writer.output_size == 0:
-            return _answer_to(error, request.method)
-        # What we answered now would be taken for more of the body. This makes aiohttp close the connection.
+            response = _answer_to(error, request.method)
+            if request.content.exception() is not None:
+                response.force_close()  # what follows the body is not understood
+            return response
+        # What we answered now would be taken for more of the body.
         if not isinstance(error, ConnectionError):
             _log.error("request failed after its response had begun", method=request.method, exc_info=error)
-        raise ConnectionResetError from error
+        # Not by raising, which aiohttp would log as an error once more. What is returned finds nobody to be sent to.
+        request.protocol.force_close()
+        return web.Response()
 
 
 def _answer_to(error: Exception, method: str) -> web.Response:
@@ -342,8 +336,8 @@ def _api_headers(
 
 
 async def _server_header(_request: web.Request, response: web.StreamResponse) -> None:
-    """Says who answers, without the versions of libraries that aiohttp would add for whoever looks for holes."""
-    response.headers[hdrs.SERVER] = _SERVER
+    """Says who answers."""
+    response.headers[hdrs.SERVER] = SERVER
 
 
 async def _preflight(_request: web.Request) -> web.Response:

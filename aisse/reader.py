@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import HttpVersion11, hdrs, web
@@ -412,14 +412,18 @@ class Reader:
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
 
-async def turn_away(request: web.Request, response: StreamResponse, cursor: str | None, reconnect: bytes) -> NoReturn:
+async def turn_away(
+    request: web.Request, response: StreamResponse, cursor: str | None, reconnect: bytes
+) -> StreamResponse:
     """Answers a request for a stream that is not here with `reconnect` alone, and breaks the body off a second later.
 
     For a native EventSource, which gives up for good on any status but 200, so that it comes back with its cursor.
-    Raises ConnectionError in the end; cancelled when the client leaves before that.
+    Cancelled when the client leaves before that.
     """
     writer = await response.prepare(request)
     assert isinstance(writer, StreamWriter)
     await writer.write(opening(RETRY_MS, cursor) + reconnect, drain=False)
     await asyncio.sleep(BREAK_OFF_S)
-    raise ConnectionResetError("turned away")
+    # Not by raising: aiohttp would log as an error what is meant.
+    request.protocol.force_close()
+    return response

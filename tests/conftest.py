@@ -15,6 +15,8 @@ from aiohttp import web
 from hypothesis import settings as hypothesis_settings
 
 from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
+from aisse.connection import connections
+from aisse.listener import Listener
 from aisse.settings import Settings
 from aisse.simulator import Script, Simulator
 from aisse.upstream import Upstream
@@ -53,8 +55,8 @@ class Server:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self.runner.addresses[0][:2]
-        return host, port
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
 
 
 @contextlib.asynccontextmanager
@@ -65,10 +67,10 @@ async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> 
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=2.0, **runner_arguments(effective))
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        yield Server(f"http://{host}:{port}", effective, app[REGISTRY], runner, app[DRAIN])
+        assert runner.server is not None
+        listener = await Listener.open(connections(runner.server, runner_arguments(effective)), "127.0.0.1", 0)
+        yield Server(listener.url, effective, app[REGISTRY], runner, app[DRAIN])
+        await listener.close()
     finally:
         await runner.cleanup()
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
@@ -73,13 +73,13 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         stream_id = stream_in(request)
         wants_state = _wants_state(request.headers.get(hdrs.ACCEPT, ""))
         if registry.draining and registry.hands_over and not wants_state:
-            await elsewhere(request, settings, drain)
+            return await elsewhere(request, settings, drain)
         try:
             stream = await registry.find(stream_id)
         except RequestError as error:
             # A native EventSource gives up for good on a 503, and on a 404 from a server that is about to go.
             if not wants_state and (registry.draining or error.status == 503):
-                await elsewhere(request, settings, drain)
+                return await elsewhere(request, settings, drain)
             raise
         if wants_state:
             return web.json_response(state_of(stream), headers=_location(stream.id, settings))
@@ -131,12 +131,12 @@ def stream_in(request: web.Request) -> str:
     return stream_id
 
 
-async def elsewhere(request: web.Request, settings: Settings, drain: Drain) -> NoReturn:
+async def elsewhere(request: web.Request, settings: Settings, drain: Drain) -> web.StreamResponse:
     """Has the client come back with its cursor, to another instance or later."""
     seq = cursor_in(request)
     stream_id = request.match_info["stream"]
     cursor = f"{stream_id}.{seq}" if seq is not None else None
-    await turn_away(request, StreamResponse(stream_id, settings), cursor, drain.reconnect(resume=True))
+    return await turn_away(request, StreamResponse(stream_id, settings), cursor, drain.reconnect(resume=True))
 
 
 def cursor_in(request: web.Request) -> int | None:
