@@ -8,12 +8,15 @@ export interface ChatRequest {
 }
 
 /**
- * `connecting`: a request is under way. `streaming`: connected; heartbeats or events arrive. `reconnecting`: the
- * connection was lost, refused with a 5xx, or given up by the server; the next attempt comes after `delayMs`.
+ * `connecting`: a request is under way, after `stop()` the one that stops. `waiting`: it has had no answer for two
+ * seconds; the server takes its time, or the browser has not sent it yet, since over HTTP/1.1 it has six connections for
+ * a site: nothing tells a page which. `streaming`: connected; heartbeats or events arrive. `reconnecting`: the connection
+ * was lost, refused with a 5xx, or given up by the server; the next attempt comes after `delayMs`.
  * Final: `ended` (the `end` event came), `refused` (a 4xx), `lost` (no attempt left, or the answer is gone from the
  * server), `detached` (the page left; the answer can be resumed).
  */
-export type ChatState = "connecting" | "streaming" | "reconnecting" | "ended" | "refused" | "lost" | "detached";
+export type ChatState =
+  | "connecting" | "waiting" | "streaming" | "reconnecting" | "ended" | "refused" | "lost" | "detached";
 
 export interface StateDetail {
   /** `reconnecting`: milliseconds until the next attempt. */
@@ -24,7 +27,10 @@ export interface StateDetail {
   error?: ChatError;
 }
 
-/** How an answer ended, as the server says it. All but the first two come with an error. */
+/**
+ * How an answer ended, as the server says it. All but the first two come with an error. An `abandoned` after `stop()` is
+ * told as `stopped`: the connection that it gave up may have been the only reader's.
+ */
 export type EndReason =
   | "complete" | "stopped" | "abandoned" | "error" | "truncated" | "timeout" | "limit" | "shutdown" | "producer_lost";
 
@@ -115,7 +121,12 @@ export interface Chat extends AsyncIterable<ChatEvent> {
   readonly silenceMs: number;
   /** Settles as the iteration does; for those who do not iterate. Nobody has to handle its rejection. */
   readonly finished: Promise<void>;
-  /** Ends the generation at the server, which then says `end` with `stopped`. Resolves once the answer is over. */
+  /**
+   * Ends the generation at the server. Resolves once the answer is over: `ended` with `stopped` after what was still on
+   * its way, or `detached` where that cannot be heard within two seconds. The connection is given up for it, since a
+   * browser may have no other. A question that has no answer after six seconds is left: it may never have been sent,
+   * and what was begun nevertheless has the server's `leave_s` left.
+   */
   stop(): Promise<void>;
   /** Leaves. The generation has the server's `leave_s` left; `resumeChat` comes back to it. */
   detach(): void;

@@ -5,6 +5,8 @@ const ID = /^[\w-]{22}$/;
 const EVENT_ID = /^([\w-]{22})\.(\d{1,16})$/;
 const QUEUED = 64; // events for the iteration before reading pauses
 const STEADY_MS = 10_000; // a connection that held so long was no failed attempt
+const WAITING_MS = 2000; // without an answer: until we say so
+const KNOWN_MS = 6000; // a server that has the question answers it sooner: its `first_byte_commit_s` is 5
 const now = () => performance.now();
 
 export class ChatError extends Error {
@@ -95,6 +97,12 @@ class Chat {
   #lastByte = 0;
   #queue; // events for the iteration, while there is one
   #stopping = false;
+  #asking = false; // a DELETE is under way
+  #told = false; // it was answered well
+  #again; // the timer for the next one
+  #stops = 0; // how many came to nothing
+  #stays = false; // the server is about to end: nobody comes back to it
+  #asked = now(); // when the request began
   #soon = false; // the next pause is none
   #due; // the pause's end
   #kept; // what is stored
@@ -144,11 +152,16 @@ class Chat {
   }
 
   async stop() {
-    if (!this.#stopping && !this.#over) {
+    if (!this.#stopping && !this.#over && !this.reason) {
       this.#stopping = true;
       this.#wake.room?.(); // who waits for this inside the loop takes no events
       if (this.id) this.#delete();
       else if (this.state === "reconnecting") this.#leave();
+      else {
+        // A question in a browser's queue may never be sent. One that was is ended by the server's `leave_s`.
+        const known = AbortSignal.timeout(Math.max(0, Math.ceil(this.#asked + KNOWN_MS - now())));
+        known.addEventListener("abort", () => this.id || this.#leave());
+      }
     }
     await this.finished.catch(() => {});
   }
@@ -178,14 +191,21 @@ class Chat {
     let error;
     try {
       while (!this.reason && !this.#left) {
+        this.#to("connecting");
+        if (this.#asking && !this.#left) {
+          await this.#answered(this.#until("told"));
+          this.#soon = false;
+        }
+        if (this.#left) break;
         const failure = await this.#connect();
-        if (failure && !this.#left) await this.#pause(failure);
+        if (failure && !this.#left && !this.#asking) await this.#pause(failure);
       }
       error = this.reason ? this.#failure() : this.#left.error;
     } catch (thrown) {
       error = thrown;
     }
     this.#over = true;
+    clearTimeout(this.#again);
     this.error = error instanceof ChatError ? error : undefined;
     globalThis.removeEventListener?.("online", online);
     globalThis.document?.removeEventListener("visibilitychange", shown);
@@ -207,7 +227,9 @@ class Chat {
       clearInterval(ticks);
       ticks = setInterval(() => {
         if (this.#wake.room) missed = 0; // we do not read
-        else if (++missed > 3) connection.abort(new ChatError("silent", "The server fell silent."));
+        else if (++missed > 3) {
+          connection.abort(new ChatError("silent", opened ? "The server fell silent." : "There was no answer."));
+        }
       }, ms);
     };
     const io = (promise) =>
@@ -216,11 +238,11 @@ class Chat {
         const message = opened ? "The connection was lost." : "The server cannot be reached.";
         throw new Interrupted(aborted ? reason : new ChatError("unreachable", message, { cause }));
       });
-    this.#to("connecting");
+    this.#asked = now();
     // Resuming is answered at once, unless over a dead connection that was kept.
     watch(this.id ? Math.min(this.#heartbeatMs, 5000) : this.#heartbeatMs);
     try {
-      const response = await io(this.#request(this.id ? "GET" : "POST", connection.signal));
+      const response = await this.#answered(io(this.#request(this.id ? "GET" : "POST", connection.signal)));
       if (response.status === 204) {
         // We stand at an end that we never saw. A cursor beyond it is told `end` again.
         this.#soon = !this.#beyond;
@@ -275,15 +297,17 @@ class Chat {
     const { credentials, fetch: request = (...all) => fetch(...all) } = this.#options;
     const headers = new Headers(this.#headers);
     headers.set("Accept", "text/event-stream");
+    // A stop is not to stand behind questions in a browser's queue.
+    const priority = this.#stopping ? "high" : "low";
     if (method === "POST") {
       headers.set("Content-Type", "application/json");
       headers.set("Idempotency-Key", this.#saved.key);
-      return request(this.#url, { method, headers, credentials, signal, body: this.#body });
+      return request(this.#url, { method, headers, credentials, signal, priority, body: this.#body });
     }
     const reading = method === "GET";
     if (reading && this.#seq) headers.set("Last-Event-ID", `${this.id}.${this.#seq}`);
     const url = `${this.#url}/${this.id}${reading ? "?compact=1" : ""}`;
-    return request(url, { method, headers, credentials, signal, cache: "no-store" });
+    return request(url, { method, headers, credentials, signal, priority, cache: "no-store" });
   }
 
   async #refused(response, io) {
@@ -331,6 +355,24 @@ class Chat {
     this.#soon = false;
   }
 
+  /**
+   * What `answer` comes to. That it takes its time is told: a browser does not say that it queues a request. Once the
+   * server has stopped, what is left is not worth a long wait.
+   */
+  async #answered(answer) {
+    let timer;
+    const late = new Promise((resolve) => (timer = setInterval(resolve, WAITING_MS, this)));
+    try {
+      if ((await Promise.race([answer, late])) === this) {
+        if (this.#told) this.#leave();
+        else if (this.state !== "waiting") this.#to("waiting");
+      }
+      return await answer;
+    } finally {
+      clearInterval(timer);
+    }
+  }
+
   /** Ends the connection or the pause; the next attempt follows at once. */
   #drop(error) {
     this.#soon = !this.#over;
@@ -343,16 +385,25 @@ class Chat {
     if (this.#over || this.#left) return;
     this.#left = { error };
     this.#drop(error);
+    this.#wake.told?.();
   }
 
+  /** Ends the generation. Ours may be the only connection to be had for that; reading goes on once it is answered. */
   async #delete() {
+    this.#asking = true;
+    this.#drop(new ChatError("moved", "It made room to stop."));
+    this.#moveAt = 0;
     const soon = AbortSignal.timeout(Math.ceil(this.#heartbeatMs));
     const { status } = await this.#request("DELETE", soon).catch(() => ({ status: 503 }));
+    this.#asking = false;
     if (this.#over) return;
-    if (status >= 500) setTimeout(() => this.#delete(), this.#retryMs);
-    else if (status === 404) this.#leave(); // it is over, and forgotten
+    if (status >= 500 && !this.#stays) {
+      const delayMs = Math.min(this.#options.maxDelayMs ?? 30_000, this.#retryMs * 2 ** this.#stops++);
+      this.#again = setTimeout(() => this.#delete(), delayMs);
+    } else if (status >= 500 || status === 404) this.#leave(); // it is over, and forgotten
     else if (status >= 400) this.#leave(new ChatError("refused", `Stopping was answered ${status}.`, { status }));
-    else this.#wake.pause?.(); // to hear `end`
+    else this.#told = true;
+    this.#wake.told?.();
   }
 
   async #until(what) {
@@ -389,6 +440,7 @@ class Chat {
         this.#moveAt = now() + this.#retryMs;
         this.#moving = setTimeout(() => this.#connection?.abort(), this.#retryMs);
       }
+      this.#stays = !data.resume;
     } else {
       const seq = +EVENT_ID.exec(id)?.[2];
       if (seq <= this.#seq && kind !== "end") return;
@@ -406,11 +458,13 @@ class Chat {
 
   #read(kind, data, event) {
     const { index, delta, content_block: block } = data ?? {};
+    // Who makes room for a stop may be missed before it is asked for.
+    const missed = this.#stopping && /^abandoned/.test(data?.reason ?? data?.error?.type);
     if (kind === "end") {
-      this.reason = data.reason;
+      this.reason = missed ? "stopped" : data.reason;
       this.usage = data.usage;
-      Object.assign(event, { type: kind, reason: data.reason, usage: data.usage });
-    } else if (kind === "error") {
+      Object.assign(event, { type: kind, reason: this.reason, usage: data.usage });
+    } else if (kind === "error" && !missed) {
       Object.assign(event, { type: kind, error: data.error });
       this.#said = data.error;
     } else if (delta?.partial_json !== undefined) {

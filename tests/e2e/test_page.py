@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import struct
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -293,8 +294,10 @@ class Upstream:
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()
+        self.asked = 0
 
     async def answer(self, _: Request, connection: Connection) -> None:
+        self.asked += 1
         half = len(WORDS) // 2
         connection.send(head(), chunk(message_start() + delta(WORDS[:half])))
         await self.may_end.wait()
@@ -524,6 +527,128 @@ async def test_server_that_shuts_down_ends_its_answer_and_the_other_takes_questi
                 assert await reconnects(each) == 0
         assert await ending.exit() == 0
         assert len(llm.requests) == 2
+
+
+# --- six connections ------------------------------------------------------------------------------------------------
+
+CONNECTIONS = 6
+"""What a browser has for an origin, over HTTP/1.1."""
+
+# `asked` are the chats of `ask`, in order; `stop` tells how many milliseconds it took.
+MANY = """async () => {
+  const { streamChat } = await import("/aisse.js");
+  window.asked = [];
+  window.ask = () => {
+    const states = [];
+    const chat = streamChat({ messages: [{ role: "user", content: "Why?" }] }, { onState: (it) => states.push(it) });
+    asked.push(Object.assign(chat, { states }));
+  };
+  window.stop = async (index) => {
+    const from = performance.now();
+    await asked[index].stop();
+    return performance.now() - from;
+  };
+}"""
+
+
+@contextlib.asynccontextmanager
+async def six_answers(browser: Browser, upstream: Upstream) -> AsyncIterator[tuple[Page, Command]]:
+    """A page that can `ask` and `stop` (see MANY), with six answers half said."""
+    async with (
+        raw_upstream(upstream.answer) as llm,
+        # Rare, so that no deadline is short; and who leaves without a stop is seen to run on.
+        served("--upstream", llm.url, "--heartbeat-s", "100", "--leave-s", "100") as aisse,
+        opened(browser, aisse.url + "/") as page,
+    ):
+        await page.locator("#upstream").get_by_text("Answered by").wait_for(timeout=WAIT_MS)
+        await page.evaluate(MANY)
+        await ask_six(page)
+        yield page, aisse
+
+
+async def ask_six(page: Page) -> None:
+    await page.evaluate(f"() => {{ for (let n = 0; n < {CONNECTIONS}; n += 1) ask(); }}")
+    await until(page, f"asked.slice(-{CONNECTIONS}).every((chat) => chat.text.length >= {len(WORDS) // 2})")
+
+
+async def stop(page: Page, index: int) -> float:
+    async with asyncio.timeout(WAIT_MS / 1000):
+        took: float = await page.evaluate(f"stop({index})")
+    return took
+
+
+async def told(page: Page, index: int) -> dict[str, Any]:
+    """What a chat of the page says of itself."""
+    chat: dict[str, Any] = await page.evaluate(
+        """(index) => {
+          const { id, states, reason = "", text, error } = asked[index];
+          return { id, states, reason, text, failed: error !== undefined };
+        }""",
+        index,
+    )
+    assert not chat["failed"], chat
+    return chat
+
+
+STOPPED = ["connecting", "streaming", "connecting", "streaming", "ended"]
+UNDISTURBED = ["connecting", "streaming", "ended"]
+
+
+async def test_stop_among_six_answers_ends_its_own_and_disturbs_none(browser: Browser) -> None:
+    """Nobody else's connection would ever be free for it."""
+    upstream, rounds = Upstream(), 50 if os.environ.get("TESTS_SOAK") == "1" else 3
+    took = []
+    async with six_answers(browser, upstream) as (page, aisse), aiohttp.ClientSession() as client:
+        for number in range(rounds):
+            if number:
+                await ask_six(page)
+            first, stopped = CONNECTIONS * number, CONNECTIONS * number + number % CONNECTIONS
+            took.append(await stop(page, stopped))
+            upstream.may_end.set()
+            await until(page, "asked.every((chat) => chat.state === 'ended')")
+            upstream.may_end.clear()
+            for index in range(first, first + CONNECTIONS):
+                chat = await told(page, index)
+                said = (
+                    ("stopped", WORDS[: len(WORDS) // 2], STOPPED)
+                    if index == stopped
+                    else ("complete", WORDS, UNDISTURBED)
+                )
+                assert (chat["reason"], chat["text"], chat["states"]) == said
+                assert (await server_state(client, aisse, chat["id"]))["reason"] == chat["reason"]
+    took.sort()
+    sys.stdout.write(f"stop among six, {rounds} times: {took[rounds // 2]:.0f} ms, longest {took[-1]:.0f} ms\n")
+
+
+async def server_state(client: aiohttp.ClientSession, aisse: Command, stream: str) -> dict[str, Any]:
+    async with client.get(f"{aisse.url}/api/chat/{stream}", headers={"Accept": "application/json"}) as response:
+        state: dict[str, Any] = await response.json()
+        return state
+
+
+async def test_seventh_question_says_that_it_waits_and_is_answered_once_one_is_stopped(browser: Browser) -> None:
+    """Whoever reads that it waits stops another: the stop is not behind it in the browser's queue."""
+    upstream = Upstream()
+    async with six_answers(browser, upstream) as (page, aisse), aiohttp.ClientSession() as client:
+        await page.evaluate("ask()")
+        await until(page, "asked[6].state === 'waiting'")
+        await page.evaluate("ask()")
+        await until(page, "asked[7].state === 'waiting'")
+        await stop(page, 7)  # it may never have been sent
+        assert (await told(page, 7))["states"] == ["connecting", "waiting", "detached"]
+        await stop(page, 2)
+        # The question had the connection before it could come back for its end.
+        stopped = await told(page, 2)
+        assert stopped["states"] == ["connecting", "streaming", "connecting", "detached"]
+        assert (await server_state(client, aisse, stopped["id"]))["reason"] == "stopped"
+        await until(page, "asked[6].state === 'streaming'")
+        upstream.may_end.set()
+        await until(page, "asked.filter((chat) => chat.state === 'ended').length === 6")
+        for index in (0, 1, 3, 4, 5):
+            assert (await told(page, index))["states"] == UNDISTURBED
+        assert (await told(page, 6))["text"] == WORDS
+        assert (await health(client, aisse))["activeStreams"] == 0
+        assert upstream.asked == 7
 
 
 # --- hostile answers ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from rawupstream import chunk, head
 sys.path.append(str(Path(__file__).parents[1] / "e2e"))
 
 from cutting_proxy import CuttingProxy, Line, Place
-from driver import CLIENT, HERE, Driver, Run
+from driver import CLIENT, HERE, RUN_S, Driver, Run
 from node import NodeMissingError, node_with
 from scripted import (
     Scene,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from driver import Outcome
+    from rawupstream import Connection, Request
     from scripted import Turn
 
     from aisse.simulator import Simulator
@@ -61,7 +62,7 @@ pytestmark = pytest.mark.timeout(300)
 SAMPLES = sorted((HERE.parent / "samples").glob("*.sse"))
 REQUIRED = os.environ.get("TESTS_REQUIRE", "").split(",")
 WEB = CLIENT.parent
-GZIPPED_BYTES = 6_000
+GZIPPED_BYTES = 7_000
 
 UNSTEADY = 1000
 """`retries` of scenes that come to an end by themselves."""
@@ -278,11 +279,11 @@ async def test_every_request_carries_the_headers_that_the_page_gives(driver: Dri
     whole(outcome, "w1 w2")
     assert (refused["thrown"]["kind"], refused["thrown"]["status"]) == ("refused", 401)
 
-    scene = Scene([says(text(1, "a"), then="cut"), stopped(2)])
+    scene = Scene([says(text(1, "a"), then="cut"), stopped(2), stopped(2)])
     await play(driver, scene, options={"headers": headers}, rules=[{"at": "text", "nth": 2, "do": "stop"}])
 
     asked = [*scene.requests, *scene.stops]
-    assert [request.line.split()[0] for request in asked] == ["POST", "GET", "DELETE"]
+    assert [request.line.split()[0] for request in asked] == ["POST", "GET", "GET", "DELETE"]
     assert {request.headers.get("authorization") for request in asked} == {headers["Authorization"]}
     assert {request.headers.get("accept") for request in scene.requests} == {"text/event-stream"}
 
@@ -995,6 +996,14 @@ async def test_tab_that_is_shown_again_comes_back_where_its_timer_is_late(driver
 # --- stopping -------------------------------------------------------------------------------------------------------
 
 
+def after(event: asyncio.Event, turn: Turn) -> Turn:
+    async def late(scene: Scene, request: Request, connection: Connection) -> None:
+        await event.wait()
+        await turn(scene, request, connection)
+
+    return late
+
+
 def ends_as(outcome: Outcome, state: str, reason: str | None = None) -> None:
     """AssertionError unless it ended so, and nothing was thrown."""
     chat = outcome["chat"]
@@ -1005,23 +1014,34 @@ def ends_as(outcome: Outcome, state: str, reason: str | None = None) -> None:
 async def test_stop_deletes_and_resolves_at_the_end(driver: Driver) -> None:
     """Whenever it is called: in mid-answer, before there is an id, twice, and over DELETEs that fail."""
     midway = {"rules": [{"at": "text", "do": "stop"}]}
-    cases: list[tuple[Scene, dict[str, Any]]] = [
-        (Scene([stopped(1)]), midway),
-        (Scene([stopped(1)]), {"at_start": "stop"}),
-        (Scene([stopped(1)]), {"rules": [{"at": "state:connecting", "do": "stop"}]}),
-        (Scene([stopped(1)]), {"rules": [{"at": "state:streaming", "do": "stop"}]}),
-        (Scene([stopped(1)]), {"rules": [*midway["rules"], {"at": "event:end", "do": "stop"}]}),
-        (Scene([stopped(1)], stop_turns=[unavailable(), nothing("reset")]), midway),
-        (Scene([says(text(1, "a"), then="cut"), stopped(2)]), {"rules": [{"at": "state:reconnecting", "do": "stop"}]}),
+    turn, deaf = stopped(1), stopped(1, "Aisse-Heartbeat: 0.3")
+    cases: list[tuple[list[Turn], list[Turn], dict[str, Any]]] = [
+        ([turn], [], midway),
+        ([turn], [], {"at_start": "stop"}),
+        ([turn], [], {"rules": [{"at": "state:connecting", "do": "stop"}]}),
+        ([turn], [], {"rules": [{"at": "state:streaming", "do": "stop"}]}),
+        ([turn], [], {"rules": [*midway["rules"], {"at": "state:connecting", "nth": 2, "do": "stop"}]}),
+        ([turn], [], {"rules": [*midway["rules"], {"at": "event:end", "do": "stop"}]}),
+        ([turn], [unavailable(), nothing("reset")], midway),
+        ([deaf], [nothing()], midway),
+        ([says(text(1, "a"), then="cut"), stopped(2)], [], {"rules": [{"at": "state:reconnecting", "do": "stop"}]}),
     ]
-    async with stage(*(scene for scene, _ in cases)) as at:
+    scenes = [Scene(turns, forever=True, stop_turns=refusals) for turns, refusals, _ in cases]
+    async with stage(*scenes) as at:
         with driver.patched(stored={}):
-            runs = [begin(driver, at.url, scene, options={"keep": "chat"}, **job) for scene, job in cases]
+            runs = [
+                # No attempt is left for what fails: freeing its connection is no attempt.
+                begin(driver, at.url, scene, options={"keep": "chat", "retries": 0 if turns == [turn] else 10}, **job)
+                for scene, (turns, _, job) in zip(scenes, cases, strict=True)
+            ]
             outcomes = [await run.outcome() for run in runs]
 
-    for (scene, _), outcome in zip(cases, outcomes, strict=True):
+    for scene, (turns, _, _), outcome in zip(scenes, cases, outcomes, strict=True):
         ends_as(outcome, "ended", "stopped")
         in_order(outcome)
+        if turns == [turn]:
+            assert "reconnecting" not in states(outcome)
+            assert states(outcome)[-3:] == ["connecting", "streaming", "ended"]
         assert outcome["seen"][-1]["reason"] == "stopped"
         assert len(scene.stops) == 1 + len(scene.stop_turns)
         assert scene.stops[0].line == f"DELETE /api/chat/{scene.id} HTTP/1.1"
@@ -1043,7 +1063,7 @@ async def test_stop_of_a_real_answer_keeps_what_came(driver: Driver, server: Ser
 
 async def test_stop_has_a_deadline_whatever_the_heartbeat(driver: Driver) -> None:
     """Of whole milliseconds: 1000 times 2.01 is not one, for a computer."""
-    scene = Scene([stopped(1, "Aisse-Heartbeat: 2.01")])
+    scene = Scene([stopped(1, "Aisse-Heartbeat: 2.01")], forever=True)
     ends_as(await play(driver, scene, rules=[{"at": "text", "do": "stop"}]), "ended", "stopped")
     assert len(scene.stops) == 1
 
@@ -1088,12 +1108,202 @@ async def test_stop_within_the_loop_is_resolved_however_much_has_come(driver: Dr
     async def turn(scene: Scene, request: Any, connection: Any) -> None:
         await says(text(1, "x"), *many, until=scene.stopped, last=(end(400, "stopped"),))(scene, request, connection)
 
-    scene = Scene([turn])
+    scene = Scene([turn], forever=True)
     outcome = await play(driver, scene, stop_at="content_block_delta")
 
     ends_as(outcome, "ended", "stopped")
     assert outcome["chat"]["text"] == "x" * 399
     in_order(outcome)
+
+
+async def test_stop_frees_its_connection_then_asks_then_reads_what_is_left(driver: Driver) -> None:
+    """One after the other: the only connection that is to be had serves all three."""
+    asked_with: list[int] = []
+
+    async def after_the_first(scene: Scene, request: Request, connection: Connection) -> None:
+        await scene.connections[0].lost.wait()
+        # What would come back too early comes within these.
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+        asked_with.append(len(scene.requests))
+        connection.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    left = says(text(2, "b"), end(3, "stopped"))
+    scene = Scene([says(text(1, "a"), then="hang"), left], stop_turns=[after_the_first])
+    outcome = await play(driver, scene, rules=[{"at": "text", "do": "stop"}])
+
+    ends_as(outcome, "ended", "stopped")
+    in_order(outcome)
+    assert (asked_with, scene.methods(), scene.cursors()) == ([1], ["POST", "GET"], [None, scene.cursor(1)])
+    assert outcome["chat"]["text"] == "ab"
+    assert states(outcome) == ["connecting", "streaming", "connecting", "streaming", "ended"]
+
+
+async def test_stop_among_six_connections_disturbs_no_other_and_drops_a_question_that_waits(
+    driver: Driver, server: Server, simulator: Simulator
+) -> None:
+    took: list[float] = []
+    rounds = 50 if os.environ.get("TESTS_SOAK") == "1" else 5
+    endless = {"body": prompt("[[tokens=100000 pace=50]]"), "options": {"url": server.chat}}
+    with driver.patched(connections=6):
+        others = [driver.begin(**endless) for _ in range(5)]
+        for _ in range(rounds):
+            sixth = driver.begin(**endless, rules=[{"at": "text", "nth": 3, "do": "stop"}])
+            outcome = await sixth.outcome()
+            ends_as(outcome, "ended", "stopped")
+            in_order(outcome)
+            assert Script(tokens=100_000).answer().startswith(outcome["chat"]["text"])
+            assert states(outcome) == ["connecting", "streaming", "connecting", "streaming", "ended"]
+            took.append(outcome["states"][-1]["at"] - outcome["states"][2]["at"])
+        sixth = driver.begin(**endless)
+        for run in [*others, sixth]:
+            while not (await run.so_far())["chat"]["text"]:
+                await asyncio.sleep(0.01)
+        seventh = driver.begin(**endless, rules=[{"at": "state:waiting", "do": "stop"}])
+        never_sent = await seventh.outcome()
+        assert simulator.stats.requests == 6 + rounds
+        for run in [*others, sixth]:
+            assert states(await run.so_far()) == ["connecting", "streaming"]
+            run.do("stop")
+        outcomes = [await run.outcome() for run in [*others, sixth]]
+
+    ends_as(never_sent, "detached")
+    assert states(never_sent) == ["connecting", "waiting", "detached"]
+    for outcome in outcomes:
+        ends_as(outcome, "ended", "stopped")
+        in_order(outcome)
+        assert Script(tokens=100_000).answer().startswith(outcome["chat"]["text"])
+    took.sort()
+    sys.stdout.write(f"stop among six, {rounds} times: {took[rounds // 2]:.0f} ms, longest {took[-1]:.0f} ms\n")
+
+
+async def test_stop_of_a_question_whose_answer_is_late_waits_for_its_id_but_not_for_ever(driver: Driver) -> None:
+    """What the server has begun is stopped there. A question that a browser queues may never get there."""
+    go = asyncio.Event()
+    late, never = Scene([after(go, stopped(1)), stopped(1)]), Scene([nothing()])
+    early = Scene([nothing()])
+    options = {"keep": "chat"}
+    rules = [{"at": "state:waiting", "do": "stop"}]
+    async with stage(late, never, early) as at:
+        with driver.patched():
+            stopped_late = begin(driver, at.url, late, rules=rules)
+            others = [
+                begin(driver, at.url, never, rules=rules),
+                begin(driver, at.url, early, at_start="stop", options=options),
+            ]
+            while (await stopped_late.so_far())["chat"]["state"] != "waiting":
+                await asyncio.sleep(0.01)
+            assert not late.stops
+            go.set()
+            ends_as(await stopped_late.outcome(), "ended", "stopped")
+            for run in others:
+                outcome = await run.outcome()
+                ends_as(outcome, "detached")
+                first, *_, last = outcome["states"]
+                assert last["at"] - first["at"] > 5900  # longer than a server's first_byte_commit_s
+    assert (len(late.stops), len(never.stops), len(early.stops)) == (1, 0, 0)
+
+
+async def test_stop_that_was_answered_does_not_wait_long_for_what_is_left(driver: Driver) -> None:
+    """The connection that it freed may be a question's by now."""
+    scene = Scene([says(text(1, "a"), then="hang"), nothing()])
+    outcome = await play(driver, scene, rules=[{"at": "text", "do": "stop"}])
+
+    ends_as(outcome, "detached")
+    assert states(outcome) == ["connecting", "streaming", "connecting", "detached"]
+    assert outcome["chat"]["text"] == "a"
+    assert (len(scene.requests), len(scene.stops)) == (2, 1)
+
+
+async def test_answer_that_is_abandoned_while_it_is_stopped_is_stopped(driver: Driver) -> None:
+    """`Aisse-On-Leave: cancel`: freeing the connection ends it before it is asked for. That is no failure."""
+    failure = {"type": "error", "error": {"type": "abandoned_error", "message": "nobody was left to read this answer"}}
+    gone = says(text(1, "a"), (2, "error", failure), end(3, "abandoned"))
+    scene = Scene([says(text(1, "a"), then="hang"), gone])
+    outcome = await play(driver, scene, rules=[{"at": "text", "do": "stop"}])
+
+    ends_as(outcome, "ended", "stopped")
+    assert [(event["type"], event.get("reason")) for event in outcome["seen"]] == [
+        ("text", None), ("other", None), ("end", "stopped"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("on_leave", ["cancel", "0", "5"])
+async def test_stop_of_a_real_answer_is_no_failure_whatever_leaving_means(
+    driver: Driver, server: Server, on_leave: str
+) -> None:
+    outcome = await driver.run(
+        body=prompt("[[tokens=100000 pace=500]]"),
+        options={"url": server.chat, "headers": {"Aisse-On-Leave": on_leave}},
+        rules=[{"at": "text", "nth": 3, "do": "stop"}],
+    )
+    ends_as(outcome, "ended", "stopped")
+    assert "error" not in {event["type"] for event in outcome["seen"]}
+
+
+async def test_stop_is_asked_for_though_the_page_leaves_at_once(driver: Driver) -> None:
+    scenes = [Scene([says(text(1, "a"), then="hang")]) for _ in range(2)]
+    together = [{"at": "text", "do": "stop and detach"}]
+    later = [{"at": "text", "do": "stop"}, {"at": "state:connecting", "nth": 2, "do": "detach"}]
+    async with stage(*scenes) as at:
+        with driver.patched():
+            runs = [
+                begin(driver, at.url, scene, rules=rules)
+                for scene, rules in zip(scenes, (together, later), strict=True)
+            ]
+            for run in runs:
+                ends_as(await run.outcome(), "detached")
+        for scene in scenes:
+            async with asyncio.timeout(RUN_S):
+                await scene.stopped.wait()
+            assert len(scene.requests) == 1
+
+
+async def test_stop_of_a_server_that_shuts_down_leaves_where_it_cannot_be_told(driver: Driver) -> None:
+    """It was said that nobody comes back to it: no attempt is made."""
+    scene = Scene([says(text(1, "a"), reconnect(resume=False), then="hang")], stop_turns=[nothing("reset")])
+    outcome = await play(driver, scene, rules=[{"at": "event:reconnect", "do": "stop"}])
+
+    ends_as(outcome, "detached")
+    assert (len(scene.requests), len(scene.stops)) == (1, 1)
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------
+
+
+async def test_request_without_an_answer_says_so_until_there_is_one(driver: Driver) -> None:
+    """A question, a reader that comes back, a stop: each may stand in a browser's queue."""
+    go = asyncio.Event()
+    whole_answer = says(text(1, "a"), end(2))
+    scenes = [
+        Scene([after(go, whole_answer)]),
+        Scene([says(then="cut"), after(go, whole_answer)]),
+        Scene([stopped(1)], forever=True, stop_turns=[after(go, status("503 Service Unavailable"))]),
+        Scene([after(go, unavailable()), whole_answer]),
+    ]
+    rules = [[], [], [{"at": "text", "do": "stop"}], []]
+    async with stage(*scenes) as at:
+        with driver.patched(quick=0):
+            runs = [begin(driver, at.url, scene, rules=what) for scene, what in zip(scenes, rules, strict=True)]
+            for run in runs:
+                while (await run.so_far())["chat"]["state"] != "waiting":
+                    await asyncio.sleep(0.01)
+            go.set()
+            outcomes = [await run.outcome() for run in runs]
+
+    begun = ["connecting", "streaming"]
+    waited = ["connecting", "waiting"]
+    assert [states(outcome) for outcome in outcomes] == [
+        [*waited, "streaming", "ended"],
+        [*begun, "reconnecting", *waited, "streaming", "ended"],
+        # The stop came to nothing, so that it reads on, and asks again.
+        [*begun, *waited, "streaming", *begun, "ended"],
+        [*waited, "reconnecting", *begun, "ended"],
+    ]
+    for outcome in outcomes:
+        at = [entry["at"] for entry in outcome["states"]]
+        waits = states(outcome).index("waiting")
+        assert at[waits] - at[waits - 1] > 1990
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------

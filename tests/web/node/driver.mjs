@@ -33,6 +33,11 @@ const aisse = await import(path);
 let delays = [];
 let storage;
 
+// Node's fetch keeps its dispatcher under this name; a first call puts it there.
+const DISPATCHER = Symbol.for("undici.globalDispatcher.1");
+await fetch("data:,");
+const unlimited = globalThis[DISPATCHER];
+
 /** A Storage that notes what is done to it, and can be full, or forbidden altogether. */
 class Storage {
   constructor({ entries = {}, full = false }) {
@@ -53,7 +58,9 @@ class Storage {
   }
 }
 
-function patch({ random, quick, insecure, stored, forbidden }) {
+function patch({ random, quick, insecure, stored, forbidden, connections }) {
+  // As many to one server at the same time, as in a browser; others wait in the order in which they came.
+  globalThis[DISPATCHER] = connections ? new unlimited.constructor({ connections }) : unlimited;
   Math.random = random === undefined ? native.random : () => random;
   delays = [];
   // The client's own pauses are noted and left out. Those of fetch stay: its clock would run too fast. So do longer
@@ -144,6 +151,9 @@ class Run {
       case "stop":
         this.chat.stop().then(() => (this.stops += 1));
         return;
+      case "stop and detach":
+        this.act("stop");
+        return this.act("detach");
       case "detach": return this.chat.detach();
       case "reconnect": return this.chat.reconnect();
       case "abort": return this.controller.abort();

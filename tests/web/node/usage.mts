@@ -9,7 +9,8 @@ const body: ChatRequest = {
   model: "m", max_tokens: 5, system: "Short.", temperature: 0.5,
 };
 const states: Record<ChatState, boolean> = {
-  connecting: false, streaming: false, reconnecting: false, ended: true, refused: true, lost: true, detached: true,
+  connecting: false, waiting: false, streaming: false, reconnecting: false, ended: true, refused: true, lost: true,
+  detached: true,
 };
 const whole: Record<EndReason, boolean> = {
   complete: true, stopped: true, abandoned: false, error: false, truncated: false, timeout: false, limit: false,
