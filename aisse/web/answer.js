@@ -1,7 +1,7 @@
 /** One question and its answer: what they look like, and the life of the connection behind them. */
 import { resumeChat, savedChat, streamChat } from "./aisse.js";
 import { markdown } from "./markdown.js";
-import { CHAT_URL, offline, request } from "./network.js";
+import { CHAT_URL, NO_ANSWER_YET, offline, request } from "./network.js";
 
 /** Longer pauses would try a person's patience; beside them is a button for now. */
 const MAX_DELAY_MS = 10_000;
@@ -85,6 +85,7 @@ export class Answer {
   #nextAt = 0;
   #countdown;
   #outage = false;
+  #leaving = false;
   #isLeft = false;
   #end; // what `#rest` is to show once all text is
 
@@ -161,7 +162,10 @@ export class Answer {
   /** Ends the generation; a second time, where the server cannot be told, leaves it. */
   stop() {
     if (!this.busy) return;
-    if (this.stopping) return this.chat.detach();
+    if (this.stopping) {
+      this.#leaving = true;
+      return this.chat.detach();
+    }
     this.stopping = true;
     this.#page.announce("Stopping");
     this.chat.stop();
@@ -185,7 +189,7 @@ export class Answer {
     const headers = token && /^[\x21-\x7e]+$/.test(token) ? { Authorization: `Bearer ${token}` } : {};
     this.#rest({});
     this.busy = true;
-    this.stopping = false;
+    this.stopping = this.#leaving = false;
     this.element.ariaBusy = "true";
     this.element.querySelector("footer").hidden = true;
     const chat = (this.chat = start({
@@ -218,7 +222,8 @@ export class Answer {
 
   #changed(state, { delayMs, error }) {
     if (state === "streaming") {
-      this.#streams += 1;
+      // To stop takes a connection of its own.
+      if (!this.stopping || !this.#streams) this.#streams += 1;
       this.reconnects = this.#streams - 1;
       if (this.#outage) this.#page.announce("Connected again");
       this.#outage = false;
@@ -228,17 +233,22 @@ export class Answer {
       if (!this.#outage) this.#page.announce("Connection lost, reconnecting");
       this.#outage = true;
       this.#notice(error);
+    } else if (state === "waiting" && !this.#outage) {
+      this.#page.announce("No answer yet");
+      this.#notice(undefined, NO_ANSWER_YET);
     }
     this.#page.changed(this);
   }
 
-  /** Says when the next attempt comes, and why there has to be one; without `error`, nothing. */
-  #notice(error) {
-    const { notice } = this.#parts;
+  /** Says when the next attempt comes, and why there has to be one; without `error`, `said`. */
+  #notice(error, said = "") {
+    const { notice, now } = this.#parts;
     const words = notice.querySelector("p");
     clearTimeout(this.#countdown);
     if (!error && notice.contains(document.activeElement)) this.#page.toPrompt();
-    notice.hidden = !error;
+    notice.hidden = !error && !said;
+    now.hidden = !error;
+    words.textContent = said;
     if (!error) return;
     const left = this.#nextAt - performance.now();
     const known = error.kind === "unreachable" ? "" : sentence(error.message);
@@ -255,8 +265,9 @@ export class Answer {
     this.#notice();
     this.#page.changed(this);
     if (error?.status === 401 && !this.text) return this.#page.refused(this);
+    const left = this.#leaving && chat.id && !reason;
     const outcome = [
-      reason === "complete" ? "Complete" : !this.stopping ? "Incomplete" : chat.id && !reason ? "Left" : "Stopped",
+      reason === "complete" ? "Complete" : !this.stopping ? "Incomplete" : left ? "Left" : "Stopped",
       reason === "complete" && usage && `${plural(usage.input_tokens, "token")} in`,
       reason === "complete" && usage && `${plural(usage.output_tokens, "token")} out`,
       this.reconnects > 0 && plural(this.reconnects, "reconnect"),

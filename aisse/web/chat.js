@@ -71,7 +71,8 @@ function refresh() {
   $("empty").hidden = Boolean(last);
   $("send").textContent = busy ? "Stop" : "Send";
   $("send").className = busy ? "stop" : "";
-  const doing = !busy ? "" : state === "reconnecting" ? "Reconnecting … " : "Answering … ";
+  const doings = { reconnecting: "Reconnecting … ", waiting: "Waiting … " };
+  const doing = !busy ? "" : (doings[state] ?? "Answering … ");
   document.title = `${doing}${shown.title || "aisse"}`;
   listConversations();
 }

@@ -1,7 +1,7 @@
 /** The drawer that breaks things on purpose, so that a person can watch nothing get lost. */
 import { resumeChat } from "./aisse.js";
 import { markdown } from "./markdown.js";
-import { CHAT_URL, offline, request, switchNetwork } from "./network.js";
+import { CHAT_URL, NO_ANSWER_YET, offline, request, switchNetwork } from "./network.js";
 
 /** What the simulator is told, and what to watch for. */
 const FAULTS = {
@@ -85,7 +85,8 @@ function openSecond(answer, toPrompt) {
   const view = markdown(panel.querySelector(".copied"));
   answer.element.querySelector(".text").after(panel);
   const onText = (text) => view.append(text);
-  const chat = resumeChat(answer.chat.id, { url: CHAT_URL, fetch: request, onText });
+  const onState = (state) => (verdict.textContent = state === "waiting" ? NO_ANSWER_YET : "");
+  const chat = resumeChat(answer.chat.id, { url: CHAT_URL, fetch: request, onText, onState });
   const ticks = setInterval(() => (place.textContent = chat.cursor.replace(/^.*\./, "event ")), 100);
   const compare = async () => {
     clearInterval(ticks);

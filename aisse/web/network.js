@@ -3,6 +3,11 @@
 /** Beside this page, whatever path a proxy has put it below. */
 export const CHAT_URL = "api/chat";
 
+/** Of a request that has had no answer for a while. The browser does not tell which it is. */
+export const NO_ANSWER_YET =
+  "No answer yet. The server takes its time, or the browser has no connection free: over HTTP/1.1 it has six for a " +
+  "site, and each running answer takes one. Stopping one makes room.";
+
 let cable = new AbortController();
 
 export const offline = () => cable.signal.aborted;

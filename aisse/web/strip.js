@@ -4,8 +4,8 @@ const BUCKET_MS = 250;
 const BUCKETS = 120;
 const EVERY_MS = 100;
 const WORDS = {
-  idle: "Idle", connecting: "Connecting", streaming: "Streaming", reconnecting: "Reconnecting", ended: "Ended",
-  refused: "Refused", lost: "Lost", detached: "Left",
+  idle: "Idle", connecting: "Connecting", waiting: "No answer yet", streaming: "Streaming",
+  reconnecting: "Reconnecting", ended: "Ended", refused: "Refused", lost: "Lost", detached: "Left",
 };
 
 const $ = (id) => document.getElementById(id);

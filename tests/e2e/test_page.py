@@ -651,6 +651,49 @@ async def test_seventh_question_says_that_it_waits_and_is_answered_once_one_is_s
         assert upstream.asked == 7
 
 
+async def test_page_with_seven_questions_says_what_the_seventh_waits_for(browser: Browser) -> None:
+    """And so does a second reader. Stopping one of the six, in the history or on show, makes room."""
+    upstream = Upstream()
+    async with (
+        raw_upstream(upstream.answer) as llm,
+        served("--upstream", llm.url, "--heartbeat-s", "100", "--leave-s", "100") as aisse,
+        opened(browser, aisse.url + "/") as page,
+    ):
+        for number in range(CONNECTIONS):
+            await page.locator("#new").click()
+            await ask(page, f"Question {number}")
+            await begun(page)
+        notice = page.locator("article.answer .notice")
+        assert not await notice.is_visible()
+        await page.locator("#drawer-toggle").click()
+        await page.locator("#second").click()
+        await page.locator(".second .verdict").get_by_text("no connection free").wait_for(timeout=WAIT_MS)
+        await page.locator(".second .close").click()
+        await page.locator("#drawer-close").click()
+
+        await page.locator("#new").click()
+        await ask(page, "The seventh")
+        await state(page, "waiting")
+        assert "no connection free" in (await notice.text_content() or "")
+        assert not await notice.locator("button").is_visible()
+        assert await page.locator("#state").text_content() == "No answer yet"
+        await page.locator("#history li button").get_by_text("Question 2").click()
+        await page.get_by_role("button", name="Stop").click()
+        await page.locator("article.answer .outcome").get_by_text(re.compile("^Stopped$")).wait_for(timeout=WAIT_MS)
+        assert not await page.locator("article.answer .problem").is_visible()
+        await page.locator("#history li button").get_by_text("The seventh").click()
+        await begun(page)
+        await state(page, "streaming")
+        assert not await notice.is_visible()
+        await page.get_by_role("button", name="Stop").click()
+        await settled(page)
+        assert await page.locator("article.answer .outcome").text_content() == "Stopped"
+        assert await page.locator("#state").text_content() == "Ended: stopped"
+        assert await reconnects(page) == 0
+        async with aiohttp.ClientSession() as client:
+            assert (await health(client, aisse))["activeStreams"] == CONNECTIONS - 1
+
+
 # --- hostile answers ------------------------------------------------------------------------------------------------
 
 EVENTS_A_SECOND = 200

@@ -1204,6 +1204,28 @@ async def test_stop_of_a_question_whose_answer_is_late_waits_for_its_id_but_not_
     assert (len(late.stops), len(never.stops), len(early.stops)) == (1, 0, 0)
 
 
+async def test_stop_that_fails_is_asked_again_after_pauses_that_grow(driver: Driver) -> None:
+    """Each takes the connection away for a moment."""
+    scene = Scene([stopped(1)], forever=True, stop_turns=[unavailable()] * 6)
+    outcome = await play(driver, scene, rules=[{"at": "text", "do": "stop"}])
+
+    ends_as(outcome, "ended", "stopped")
+    in_order(outcome)
+    assert outcome["delays"] == [2000, 4000, 8000, 16000, 30000, 30000]
+    assert len(scene.stops) == 7
+
+
+async def test_failure_after_a_stop_is_one_as_any_other(driver: Driver) -> None:
+    """It counts, it is waited for, and it is no move of which the stopped connection was told."""
+    moved = says(text(1, "a"), reconnect(resume=True), then="hang")
+    scene = Scene([moved, unavailable("Retry-After: 1"), says(end(2, "stopped"))])
+    outcome = await play(driver, scene, rules=[{"at": "event:reconnect", "do": "stop"}])
+
+    ends_as(outcome, "ended", "stopped")
+    (pause,) = pauses(outcome)
+    assert (pause["error"]["kind"], pause["attempt"], pause["delayMs"]) == ("unavailable", 1, 2000)
+
+
 async def test_stop_that_was_answered_does_not_wait_long_for_what_is_left(driver: Driver) -> None:
     """The connection that it freed may be a question's by now."""
     scene = Scene([says(text(1, "a"), then="hang"), nothing()])
@@ -1301,9 +1323,9 @@ async def test_request_without_an_answer_says_so_until_there_is_one(driver: Driv
         [*waited, "reconnecting", *begun, "ended"],
     ]
     for outcome in outcomes:
-        at = [entry["at"] for entry in outcome["states"]]
+        times = [entry["at"] for entry in outcome["states"]]
         waits = states(outcome).index("waiting")
-        assert at[waits] - at[waits - 1] > 1990
+        assert times[waits] - times[waits - 1] > 1990
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------
