@@ -365,7 +365,7 @@ class Chat {
     try {
       if ((await Promise.race([answer, late])) === this) {
         if (this.#told) this.#leave();
-        else if (this.state !== "waiting") this.#to("waiting");
+        else this.#to("waiting");
       }
       return await answer;
     } finally {
