@@ -47,7 +47,7 @@ KEPT_BYTES = 2 << 10
 # How many streams the sweep looks at before other tasks get a turn: it delays no token by more than that.
 _SWEEP_BATCH = 100
 
-# How long the shared log may take for the last events at shutdown, and for a stream that somebody is to be told of.
+# How long the shared log may take for the last events at shutdown.
 _SHARED_S = 0.3
 
 # Loop lag above this, and so many failures in a row, make the service `degraded`.
@@ -157,11 +157,6 @@ class Registry:
             self._shared is not None and await self._shared.ask_to_stop(stream_id)
         ):
             raise UnknownStreamError
-
-    async def told(self, stream: Stream) -> None:
-        """Returns once whoever is told of the stream finds it on other instances, too; soon in any case."""
-        if self._shared is not None:
-            await self._shared.known(stream.id, _SHARED_S)
 
     async def create_once(self, key: Key, question: Question, leave_s: float) -> Stream:
         """As `create`, but once for a key, on all instances: the same key gets the stream that it started.
@@ -387,6 +382,8 @@ class Registry:
         stream.log.discard()
         if stream.key is not None:
             self._keys.pop(stream.key, None)
+        if self._shared is not None:
+            self._shared.released(stream.id)
 
     # --- the sweep --------------------------------------------------------------------------------------------
 

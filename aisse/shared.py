@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import math
 import secrets
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -20,6 +21,7 @@ from redis import exceptions
 from aisse.errors import ConfigError, LogUnavailableError
 from aisse.formats import AnthropicFormat
 from aisse.replay.connection import ANSWER_S, connect, in_words, wrong_url
+from aisse.replay.lookup import Answer, Lookup
 from aisse.replay.memory import MemoryLog
 from aisse.replay.redis import Mirror, interval_s
 from aisse.replay.tailer import BLOCK_S, Tailer
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from aisse.replay.memory import ReplayMemory
     from aisse.replay.redis import RedisLog
+    from aisse.replay.tailer import Found
     from aisse.settings import Settings
 
 # Connections beside the one that waits for what comes: appends, leases, readers' and clients' requests.
@@ -38,6 +41,9 @@ _CONNECTIONS = 4
 
 # A stream that nobody reads here any more is kept so long, for a reader that comes back.
 _UNREAD_S = 5.0
+
+# So many ids of streams that were here are remembered: some 2 MB, and half an hour at five new ones a second.
+_PAST = 10_000
 
 # Shebang and flags of scripts, and TIME in those that write.
 _LEAST_VERSION = (7, 0)
@@ -123,6 +129,9 @@ class Shared:
         self._owner: Owner
         self._mirror: Mirror
         self._tailer: Tailer
+        self._finds: Lookup[Found]
+        self._stops: Lookup[bool]
+        self._past: OrderedDict[str, None] = OrderedDict()  # oldest first
 
     async def start(self, own: Mapping[str, Stream], owner: Owner) -> None:
         """`own` are the streams that run here. Raises ConfigError where Redis is not ours to use.
@@ -149,10 +158,14 @@ class Shared:
             retention_s=settings.retention_s,
             read_ahead_bytes=settings.read_ahead_bytes,
         )
+        self._finds = Lookup(self._tailer.find, settings.log_tick_s)
+        self._stops = Lookup(self._tailer.ask_to_stop, settings.log_tick_s)
         await self._check()
         self._running = [
             asyncio.create_task(self._mirror.run(), name="shared log: mirror"),
             asyncio.create_task(self._tailer.run(), name="shared log: tailer"),
+            asyncio.create_task(self._finds.run(), name="shared log: find"),
+            asyncio.create_task(self._stops.run(), name="shared log: stop"),
         ]
         for task in self._running:
             task.add_done_callback(_tell_end)
@@ -196,10 +209,6 @@ class Shared:
         """The log of a new stream. `claim` is what was claimed for it: the key, and the digest of its request."""
         claimed = (_digest(claim[0]), _text(claim[1])) if claim is not None else None
         return self._mirror.log(stream_id, self._memory, claimed)
-
-    async def known(self, stream_id: str, within_s: float) -> None:
-        """Returns once other instances can find the stream, at the latest `within_s` on."""
-        await self._mirror.known(stream_id, within_s)
 
     async def settled(self, within_s: float) -> bool:
         """Whether everything has been shared, now or `within_s`."""
@@ -287,13 +296,8 @@ class Shared:
             raise LogUnavailableError from None
 
     async def _open(self, stream_id: str) -> Stream | None:
-        found = await self._mirror.find(stream_id)
+        found = await self._look(self._finds, stream_id)
         if found is None:
-            # Who was told of it a moment ago may be ahead of the tick with which Redis gets to know of it.
-            await asyncio.sleep(3 * self._settings.log_tick_s)
-            found = await self._mirror.find(stream_id)
-        if found is None:
-            await self._doubt()
             return None
         stream = FollowedStream(
             stream_id,
@@ -317,20 +321,20 @@ class Shared:
         return stream
 
     async def ask_to_stop(self, stream_id: str) -> bool:
-        """Has the instance that generates a stream end it; False if there is no such stream."""
-        try:
-            known = await self._mirror.ask_to_stop(stream_id)
-            if not known:
-                await self._doubt()
-        except (exceptions.RedisError, OSError, TimeoutError):
-            raise LogUnavailableError from None
-        return known
+        """Has the instance that generates a stream end it; False if there is no such stream. Raises as `find` does."""
+        return await self._look(self._stops, stream_id) is not None
 
-    async def _doubt(self) -> None:
-        """Raises LogUnavailableError where Redis may soon know what it does not know now."""
-        await self._tailer.mark()
-        if self._tailer.doubtful:
-            raise LogUnavailableError
+    async def _look(self, lookup: Lookup[Answer], stream_id: str) -> Answer | None:
+        answer = await lookup.find(stream_id, patient=stream_id not in self._past)
+        if answer is None and self._tailer.doubtful:
+            raise LogUnavailableError  # Redis may soon know what it does not know now
+        return answer
+
+    def released(self, stream_id: str) -> None:
+        """A stream that was here is not any more: who asks for it does not wait for Redis to get to know it."""
+        self._past[stream_id] = None
+        if len(self._past) > _PAST:
+            self._past.popitem(last=False)
 
     def _ended(self, stream: Stream) -> None:
         self._followed.pop(stream.id, None)
@@ -344,6 +348,7 @@ class Shared:
                 del self._followed[stream.id]
                 self._tailer.unfollow(stream)
                 stream.log.discard()
+                self.released(stream.id)
 
     # --- what operators see -----------------------------------------------------------------------------------
 

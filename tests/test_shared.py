@@ -1,6 +1,6 @@
 """Several instances of aisse with one log, in this process, before real servers of both kinds.
 
-What happens when a process dies or stands still is tests/e2e/test_instances.py's.
+What happens when a process dies or stands still is tests/e2e/test_instances.py's. TESTS_SOAK=1 raises the counts.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
+import secrets
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -23,11 +26,16 @@ from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, de
 from redis_server import Server as Redis
 from redis_server import binaries, redis_server, required
 
+from aisse.errors import UnknownStreamError
 from aisse.simulator import Script, Simulator
+from aisse.sse import frame
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from aisse.replay.redis import RedisLog
+
+SOAK = os.environ.get("TESTS_SOAK") == "1"
 STATE = {"Accept": "application/json"}
 
 # Short, so that what waits for a lease is soon tested.
@@ -233,12 +241,130 @@ async def test_post_with_a_cursor_joins_elsewhere(redis: Redis) -> None:
 
 async def test_stream_that_was_just_told_of_is_found_elsewhere(redis: Redis) -> None:
     """However slowly its log is shared."""
-    async with fleet(redis.url, log_tick_s=0.1) as f:
+    async with fleet(redis.url, log_tick_s=0.3) as f:
         for _ in range(5):
             path = await f.ask(0, "[[tokens=1]]")
             assert reason(await f.read(1, path)) == "complete"
             async with f.client.post(f.instances[0].chat, json=prompt("[[tokens=1]]")) as answer:
                 assert reason(await f.read(1, answer.headers["Content-Location"])) == "complete"
+
+
+@pytest.mark.timeout(1800 if SOAK else 120)
+@pytest.mark.parametrize("delay_s", [0.0, 0.025, 0.05] if SOAK else [0.0, 0.025], ids=lambda s: f"{2000 * s:g} ms")
+async def test_stream_is_known_everywhere_at_the_first_byte_of_its_answer(redis: Redis, delay_s: float) -> None:
+    """Stopped, read, looked at and joined there, also where Redis is slow: each of its answers takes so long."""
+
+    async def stopped(f: Fleet, path: str) -> int:
+        async with f.client.delete(f.instances[1].url + path) as there:
+            return there.status
+
+    async def read(f: Fleet, path: str) -> int:
+        async with f.get(1, path) as there:
+            assert there.status != 200 or (await there.content.readuntil(b"\n\n")).startswith(b"retry:")
+            return int(there.status)
+
+    async def looked_at(f: Fleet, path: str) -> int:
+        return await f.get_status(1, path)
+
+    async def joined(f: Fleet, path: str) -> int:
+        headers = {"Last-Event-ID": f"{path[-22:]}.0"}
+        async with f.client.post(f.instances[1].chat, json=prompt("other"), headers=headers) as there:
+            assert there.status != 200 or (await there.content.readuntil(b"\n\n")).startswith(b"retry:")
+            return there.status
+
+    switch = await Switch.open(redis.address, delay_s)
+    async with fleet(f"redis://127.0.0.1:{switch.port}", lease_s=2) as f:
+        # So many that they meet each other's calls, and so few that four connections do for them.
+        room = asyncio.Semaphore(16)
+        statuses: Counter[tuple[str, int]] = Counter()
+
+        async def ask(kind: Callable[[Fleet, str], Awaitable[int]], headers: dict[str, str]) -> None:
+            async with (
+                room,
+                f.client.post(f.instances[0].chat, json=prompt("[[tokens=9000 pace=20]]"), headers=headers) as answer,
+            ):
+                path = answer.headers["Content-Location"]
+                assert await answer.content.readexactly(1)
+                statuses[kind.__name__, await kind(f, path)] += 1
+                if kind is not stopped:
+                    async with f.client.delete(f.instances[0].url + path):
+                        pass
+                elif not headers:
+                    assert reason("retry: 1\n" + (await answer.text()).partition("\n")[2]) == "stopped"
+
+        kinds = (stopped, read, looked_at, joined)
+        each = 500 if SOAK else 40 if not delay_s else 20
+        await asyncio.gather(*(ask(kind, {}) for _ in range(each) for kind in kinds))
+        assert statuses == {(kind.__name__, 204 if kind is stopped else 200): each for kind in kinds}
+        # What a native EventSource does: it gets the URL by another request, and reads elsewhere.
+        statuses.clear()
+        await asyncio.gather(*(ask(read, {"Prefer": "respond-async"}) for _ in range(each)))
+        assert statuses == {("read", 200): each}
+        await eventually(lambda: f.simulator.stats.active == 0)
+    await switch.close()
+
+
+async def test_unknown_ids_are_asked_for_together_and_then_404(redis: Redis) -> None:
+    async with fleet(redis.url, count=1) as f:
+        registry = f.instances[0].registry
+        ids = [secrets.token_urlsafe(16) for _ in range(300)]
+        client = redis.client()
+        await client.config_resetstat()
+        answers = await asyncio.gather(*map(registry.find, ids * 2), *map(registry.stop, ids), return_exceptions=True)
+        assert {type(answer) for answer in answers} == {UnknownStreamError}
+        said = await client.info("commandstats")
+        # Six times, each of two calls, of whose three hundred ids a hundred make one command.
+        assert sum(said.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("exists", "hmget")) <= 6 * 2 * (
+            3 + 1
+        )
+        shared = registry._shared
+        assert shared is not None
+        assert not shared._opening
+        assert not shared._finds._waiting
+
+
+async def test_stream_that_was_here_is_asked_for_once(redis: Redis) -> None:
+    """One that ended and was forgotten, and one that was only read here: nothing is about to come of either."""
+    async with fleet(redis.url, retention_s=0.1, lease_s=1) as f:
+        path = await f.ask(0, "[[tokens=3]]")
+        await f.read(1, path)
+        for instance in (0, 1):
+            await eventually(lambda instance=instance: f.instances[instance].registry.get(path[-22:]) is None)  # type: ignore[misc]
+        client = redis.client()
+        for key in await stream_keys(client):
+            await client.delete(key)
+        for instance in (0, 1):
+            await client.config_resetstat()
+            assert await f.get_status(instance, path) == 404
+            async with f.client.delete(f.instances[instance].url + path) as answer:
+                assert answer.status == 404
+            # The stream, and what says that Redis was not emptied.
+            assert (await client.info("commandstats"))["cmdstat_exists"]["calls"] == 2 * 2
+
+
+async def test_new_streams_are_said_beside_a_backlog(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told of one may ask for it at once, and what is behind may take long."""
+    monkeypatch.setattr("aisse.replay.redis._BATCH", 1)
+    async with fleet(redis.url, count=1) as f:
+        shared = f.instances[0].registry._shared
+        assert shared is not None
+        mirror = shared._mirror
+        logs = [mirror.log(f"{number:022}", shared._memory) for number in range(5)]
+        await eventually(lambda: all(log.known for log in logs) and shared.behind == 0)
+        append = mirror._append_some
+        known: list[bool] = []
+
+        async def appended(some: list[RedisLog]) -> int:
+            if len(logs) == 5:
+                logs.append(mirror.log("A" * 22, shared._memory))
+            known.append(logs[5].known)
+            return await append(some)
+
+        monkeypatch.setattr(mirror, "_append_some", appended)
+        for log in logs:
+            log.append(frame("ping", "{}", f"{log.id}.1"), 1)
+        await eventually(lambda: len(known) >= 5 and shared.behind == 0)
+        assert known[:5] == [False, True, True, True, True]
 
 
 async def test_kept_streams_go_when_their_time_is_over(redis: Redis) -> None:
@@ -616,16 +742,20 @@ async def test_redis_that_only_reads_is_named_and_left_for_what_takes_its_addres
 
 
 class Switch:
-    """An address that leads to a server, and later to another. Connections stay where they are."""
+    """An address that leads to a server, and later to another. Connections stay where they are.
 
-    def __init__(self, to: tuple[str, int]) -> None:
+    Whatever goes through is `delay_s` later at the other side, in both directions.
+    """
+
+    def __init__(self, to: tuple[str, int], delay_s: float = 0.0) -> None:
         self.to = to
+        self._delay_s = delay_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server
 
     @classmethod
-    async def open(cls, to: tuple[str, int]) -> Switch:
-        switch = cls(to)
+    async def open(cls, to: tuple[str, int], delay_s: float = 0.0) -> Switch:
+        switch = cls(to, delay_s)
         switch._server = await asyncio.start_server(switch._serve, "127.0.0.1", 0)
         return switch
 
@@ -640,7 +770,10 @@ class Switch:
         except OSError:
             writer.transport.abort()
             return
-        both = [asyncio.create_task(pump(reader, other_writer)), asyncio.create_task(pump(other_reader, writer))]
+        both = [
+            asyncio.create_task(pump(reader, other_writer, self._delay_s)),
+            asyncio.create_task(pump(other_reader, writer, self._delay_s)),
+        ]
         self._tasks.update(both)
         await asyncio.gather(*both, return_exceptions=True)
 
@@ -651,15 +784,33 @@ class Switch:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.transport.abort()
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+    async def deliver() -> None:
+        try:
+            while True:
+                due, data = await under_way.get()
+                await asyncio.sleep(due - loop.time())
+                if not data:
+                    break
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.transport.abort()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(deliver())
+        data = b"-"
+        while data:
+            try:
+                data = await reader.read(1 << 16)
+            except OSError:
+                data = b""
+            under_way.put_nowait((loop.time() + delay_s, data))
 
 
 async def test_start_without_redis_is_said_and_made_up_for(redis: Redis, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 from redis import exceptions
@@ -59,13 +60,6 @@ class Producer(Protocol):
 
     def held_back(self, stream_id: str) -> bool:
         """Whether the stream waits for its readers."""
-
-
-class Found(NamedTuple):
-    """A stream that Redis knows. Times are seconds since the epoch."""
-
-    created_at: float
-    ended_at: float | None
 
 
 class RedisLog(MemoryLog):
@@ -158,7 +152,7 @@ class Mirror:
         self._behind: dict[RedisLog, None] = {}
         self._elsewhere: set[RedisLog] = set()
         self._work = asyncio.Event()
-        self._created = asyncio.Event()  # set and replaced whenever Redis has got to know streams
+        self._unknown: dict[RedisLog, None] = {}  # to Redis, oldest first
         self._settled: asyncio.Future[None] | None = None
         self._troubles: dict[str, str] = {}
         self._awake = time.monotonic()
@@ -167,7 +161,6 @@ class Mirror:
         self._renew = client.register_script(scripts.RENEW)
         self._claim = client.register_script(scripts.CLAIM)
         self._withdraw = client.register_script(scripts.WITHDRAW)
-        self._ask = client.register_script(scripts.STOP_ASKED)
 
     def log(self, stream_id: str, memory: ReplayMemory, claim: tuple[str, str] | None = None) -> RedisLog:
         """The log of a new stream, which Redis knows of with the next tick."""
@@ -181,12 +174,15 @@ class Mirror:
             return
         log.listed = True
         self._behind[log] = None
+        if not log.known:
+            self._unknown[log] = None
         self._work.set()
 
     def drop(self, log: RedisLog) -> None:
         """`log` is not mirrored any more."""
         self._logs.pop(log.id, None)
         self._elsewhere.discard(log)
+        self._unknown.pop(log, None)
         self._unlist(log)
 
     @property
@@ -198,13 +194,6 @@ class Mirror:
     def behind(self) -> int:
         """Streams of which Redis has not got everything."""
         return len(self._behind)
-
-    async def known(self, stream_id: str, within_s: float) -> None:
-        """Returns once Redis knows of the stream, at the latest `within_s` on, for Redis may be away."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while (log := self._logs.get(stream_id)) is not None and not log.known:
-                    await self._created.wait()
 
     async def settled(self, within_s: float) -> bool:
         """Whether Redis has got everything, now or `within_s`. One caller at a time."""
@@ -257,17 +246,6 @@ class Mirror:
             else:
                 return
 
-    async def find(self, stream_id: str) -> Found | None:
-        """What Redis knows of a stream, whoever generates it; None if nothing. Raises RedisError."""
-        created, ended = await self._client.hmget(state_key(stream_id), ["created", "ended"])
-        if created is None:
-            return None
-        return Found(int(created) / 1000, int(ended) / 1000 if ended is not None else None)
-
-    async def ask_to_stop(self, stream_id: str) -> bool:
-        """Has the stream's producer end it; False if there is no such stream. Raises RedisError."""
-        return bool(await self._ask(keys=[state_key(stream_id)]))
-
     async def run(self) -> None:
         """Mirrors and renews until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -294,7 +272,8 @@ class Mirror:
         """What is new at the beginning, of each stream at most one group."""
         logs = list(self._behind)
         while logs:
-            if unknown := [log for log in logs[:_BATCH] if not log.known]:
+            # Those, too, that came meanwhile: who was told of one may ask any instance for it.
+            if unknown := list(itertools.islice(self._unknown, _BATCH)):
                 await self._make_known(unknown)
             del logs[: await self._append_some(logs[:_BATCH])]
 
@@ -312,8 +291,7 @@ class Mirror:
         )
         for log, ours in zip(logs, said, strict=True):
             log.known = bool(ours)
-        self._created.set()
-        self._created = asyncio.Event()
+            self._unknown.pop(log, None)
         await self._give_up([log for log, ours in zip(logs, said, strict=True) if not ours])
 
     async def _append_some(self, logs: list[RedisLog]) -> int:

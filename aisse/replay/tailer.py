@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import structlog
 from redis import exceptions
@@ -21,9 +21,10 @@ from aisse.replay.redis import interval_s, last_seq_of
 from aisse.replay.scripts import entries_key, instance_key, readers_key, state_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from redis.asyncio import Redis
+    from redis.commands.core import AsyncScript
 
     from aisse.replay.memory import Log
 
@@ -75,6 +76,13 @@ class Follower(Protocol):
         """The frames that would end it as `producer_lost`, and the number of the last of them."""
 
 
+class Found(NamedTuple):
+    """A stream that Redis knows. Times are seconds since the epoch."""
+
+    created_at: float
+    ended_at: float | None
+
+
 class _Followed:
     """What is known of one stream beside the stream."""
 
@@ -121,6 +129,8 @@ class Tailer:
         self._blocking_id: int | None = None
         self._attend = client.register_script(scripts.ATTEND)
         self._bury = client.register_script(scripts.BURY)
+        self._look = client.register_script(scripts.LOOK)
+        self._ask = client.register_script(scripts.STOP_ASKED)
         self._steady_since = time.monotonic()
         self._attended = time.monotonic()
         self._troubles: dict[str, str] = {}
@@ -132,6 +142,27 @@ class Tailer:
     def trouble(self) -> str | None:
         """Why nothing comes from Redis, in words; None while it can."""
         return next(iter(self._troubles.values()), None)
+
+    async def find(self, stream_ids: Sequence[str]) -> list[Found | None]:
+        """What Redis knows of each stream, whoever generates it; None if nothing. Raises RedisError.
+
+        Where that may be because Redis was emptied, `doubtful` says so.
+        """
+        found = await self._said(self._look, stream_ids)
+        return [
+            Found(int(each[0]) / 1000, int(each[1]) / 1000 if each[1] is not None else None) if each else None
+            for each in found
+        ]
+
+    async def ask_to_stop(self, stream_ids: Sequence[str]) -> list[bool | None]:
+        """Has each stream's producer end it; None where there is no such stream. Raises as `find` does. Idempotent."""
+        return [True if each else None for each in await self._said(self._ask, stream_ids)]
+
+    async def _said(self, script: AsyncScript, stream_ids: Sequence[str]) -> Any:
+        there, *said = await script(keys=[self._marker, *map(state_key, stream_ids)])
+        if not there:
+            await self.mark()
+        return said
 
     async def load(self, stream: Follower) -> None:
         """Brings a stream up to what Redis has of it. Raises RedisError."""

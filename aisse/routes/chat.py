@@ -106,7 +106,6 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
     async def accept(stream: Stream) -> web.Response:
         with stream.asked():
             await stream.answerable(settings.first_byte_commit_s)
-            await registry.told(stream)
             stream.expect_reader(asyncio.get_running_loop().time() + _FIRST_READER_S)
         url = stream_url(stream.id, settings)
         return web.json_response(
