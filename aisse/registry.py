@@ -169,20 +169,23 @@ class Registry:
         digest = question.digest
         if self._shared is None:
             return self._started(key, digest) or self._start(key, question, leave_s)
-        async with self._claiming:
-            if (started := self._started(key, digest)) is not None:
-                return started
-            self.admit()
-            claimed, holder = await self._shared.claim(key, digest)
-            if holder is None:
-                raise KeyReusedError
-            if holder == claimed:
-                try:
-                    return self._start(key, question, leave_s, claimed)
-                except BaseException:
-                    self._shared.withdraw(claimed, key)
-                    raise
-        return await self.find(holder)
+        while True:
+            async with self._claiming:
+                if (started := self._started(key, digest)) is not None:
+                    return started
+                self.admit()
+                claimed, holder = await self._shared.claim(key, digest)
+                if holder is None:
+                    raise KeyReusedError
+                if holder == claimed:
+                    try:
+                        return self._start(key, question, leave_s, claimed)
+                    except BaseException:
+                        self._shared.withdraw(claimed, key)
+                        raise
+            with contextlib.suppress(UnknownStreamError):
+                return await self.find(holder)
+            # It was refused meanwhile, and has left the key to whoever comes next.
 
     def _started(self, key: Key, digest: bytes) -> Stream | None:
         if (known := self._keys.get(key)) is None:

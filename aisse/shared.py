@@ -289,11 +289,16 @@ class Shared:
             return followed
         if (task := self._opening.get(stream_id)) is None:
             task = self._opening[stream_id] = asyncio.create_task(self._open(stream_id))
-            task.add_done_callback(lambda _: self._opening.pop(stream_id, None))
+            task.add_done_callback(lambda done: self._opened(stream_id, done))
         try:
             return await asyncio.shield(task)
         except (exceptions.RedisError, OSError, TimeoutError):
             raise LogUnavailableError from None
+
+    def _opened(self, stream_id: str, task: asyncio.Task[Stream | None]) -> None:
+        del self._opening[stream_id]
+        if not task.cancelled():
+            task.exception()  # of which everybody who asked may be gone
 
     async def _open(self, stream_id: str) -> Stream | None:
         found = await self._look(self._finds, stream_id)

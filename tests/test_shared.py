@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from aisse.replay.redis import RedisLog
+    from aisse.stream import Stream
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 STATE = {"Accept": "application/json"}
@@ -507,6 +508,34 @@ async def test_key_of_a_refused_request_is_free_on_all_instances(redis: Redis) -
                 while await stream_keys(client):
                     await asyncio.sleep(0.01)
         assert f.generations == 3
+
+
+async def test_key_of_a_request_that_is_refused_while_another_joins_it_goes_to_that(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody who asks a question is told that there is no such stream."""
+    async with fleet(redis.url) as f:
+        registry = f.instances[1].registry
+        find, client = registry.find, redis.client()
+
+        async def find_late(stream_id: str) -> Stream:
+            async with asyncio.timeout(9):
+                while await stream_keys(client):
+                    await asyncio.sleep(0.01)
+            return await find(stream_id)
+
+        monkeypatch.setattr(registry, "find", find_late)
+        headers = {"Idempotency-Key": "k"}
+        question = prompt("[[first_s=0.5 status=400]]")
+
+        async def ask(instance: int) -> int:
+            async with f.client.post(f.instances[instance].chat, json=question, headers=headers) as answer:
+                return answer.status
+
+        first = asyncio.create_task(ask(0))
+        await eventually(lambda: f.instances[0].registry.active_streams == 1)
+        assert await ask(1) == await first == 400
+        assert [instance.registry.generations for instance in f.instances] == [1, 1]
 
 
 async def test_key_whose_client_left_before_its_answer_is_free(redis: Redis) -> None:

@@ -31,9 +31,9 @@ WAITING = 1 << 14
 """At most so many ids wait, some 10 MB with the requests' own share left out. Past it nobody knows whether there is
 such a stream; to say that there is not would be a lie to those whose stream is about to come."""
 
-# How long questions are gathered for one call: of crowds, since the first one leaves at once. A hundred calls a second
+# How long questions are gathered for one call: of crowds, since the first one leaves at once. Fifty calls a second
 # cost Redis nothing, and nobody sees the delay.
-GATHER_S = 0.01
+GATHER_S = 0.02
 
 # When an unknown id is asked for again: then after twice the time, and so on. Most are there the first time.
 _AGAIN_S = 0.02

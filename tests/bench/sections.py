@@ -32,6 +32,8 @@ class Scale:
     runs: int = 5
     followed: int = 2000
     elsewhere: int = 100
+    crowd: int = 10_000
+    crowd_connections: int = 2000
     seconds: float = 6.0
     skip: float = 1.0
     warm_up: float = 10.0
@@ -71,6 +73,8 @@ class Scale:
 QUICK = Scale(
     followed=40,
     elsewhere=10,
+    crowd=400,
+    crowd_connections=100,
     runs=1,
     seconds=0.8,
     skip=0.2,

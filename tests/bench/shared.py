@@ -3,11 +3,13 @@
 The engine runs where upstream and load do: it is a machine of its own in life. Instances share the relay's CPU.
 """
 
+import asyncio
 import dataclasses
+import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,18 @@ from sections import Bench, Paced, Target, open_streams, paced, words
 
 _START_S = 20.0
 _RATE_ELSEWHERE = 20.0
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Streams of elsewhere that are asked for all at once, to be stopped."""
+
+    cpu_us: float
+    """Of the instance, a request."""
+    commands: float
+    """Of the engine, a request; those that scripts call count, too."""
+    right: int
+    """Answers as they should be."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class Shared:
     """Idle streams that would keep one CPU of the engine busy, with their leases, each followed by one instance."""
     stored_ratio: float
     """Memory of the engine for a byte of the logs."""
+    known: Crowd
+    unknown: Crowd
 
     @property
     def cost(self) -> float:
@@ -106,6 +122,8 @@ def shared(bench: Bench, kind: Kind) -> Shared:
             time.sleep(scale.settle)
             idle_share = (cpu_ns(engine.pid) - before_ns) / 1e9 / scale.settle
             bench.load.do("close")
+        with bench.relay(kind, log=log) as (target, child):
+            known, unknown = (_crowd(bench, target, child, client, known=known) for known in (True, False))
         client.close()
     bench.say(f"shared: {local_kib:.1f} KiB a local stream, {followed_kib:.1f} followed, {connections} connections")
     return Shared(
@@ -119,7 +137,56 @@ def shared(bench: Bench, kind: Kind) -> Shared:
         connections=connections,
         idle_carried=scale.followed / idle_share,
         stored_ratio=stored,
+        known=known,
+        unknown=unknown,
     )
+
+
+def _crowd(bench: Bench, target: Target, child: Child, client: Redis, *, known: bool) -> Crowd:
+    """The second of two: the first one opens connections, and has Redis load scripts."""
+    status = 204 if known else 404
+    for size in (bench.scale.crowd // 10, bench.scale.crowd):
+        ids = [secrets.token_urlsafe(16) for _ in range(size)]
+        if known:
+            with client.pipeline(transaction=False) as pipe:
+                for one in ids:
+                    # As another instance says it.
+                    state = ("owner", "bench", "last", 0, "created", 0, "until", time.time() * 1000 + 600_000)
+                    pipe.hset(f"aisse:{{{one[0]}}}:{one}:state", items=[*state])
+                pipe.execute()
+        client.config_resetstat()
+        before_ns = cpu_ns(child.pid)
+        statuses = asyncio.run(_stop(target.port, ids, bench.scale.crowd_connections))
+        crowd = Crowd(
+            cpu_us=(cpu_ns(child.pid) - before_ns) / 1e3 / size,
+            commands=client.info("stats")["total_commands_processed"] / size,
+            right=statuses.count(status),
+        )
+    bench.say(f"shared, {'known' if known else 'unknown'} ids: {crowd.cpu_us:.0f} us, {crowd.commands:.2f} commands")
+    return crowd
+
+
+async def _stop(port: int, ids: Sequence[str], connections: int) -> list[int]:
+    """The statuses with which requests to stop these are answered, by so many connections at once."""
+    left = iter(ids)
+    statuses = []
+
+    async def ask() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            for one in left:
+                writer.write(b"DELETE /api/chat/%b HTTP/1.1\r\nHost: bench\r\n\r\n" % one.encode())
+                head = await reader.readuntil(b"\r\n\r\n")
+                _, _, length = head.lower().partition(b"\r\ncontent-length: ")
+                await reader.readexactly(int(length.partition(b"\r\n")[0] or 0))
+                statuses.append(int(head[9:12]))
+        finally:
+            writer.close()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(ask())
+    return statuses
 
 
 def _grown(bench: Bench, target: Target, child: Child, elsewhere: int | None) -> float:

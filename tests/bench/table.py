@@ -32,6 +32,7 @@ FOLLOWED_RATIO = 1.3
 CONNECTIONS = 10
 # "As in a run whose log is read": what a p99 of short answers moves from one run to the next.
 UNREAD_P99_OVER_MS = 5.0
+CROWD_RATIO = 2.0
 # "Not slower": what a median moves from one quiet run to the next.
 LOOK_UP_OVER_MS = 0.1
 # How long others may wait, by the size of a question up to which that holds.
@@ -309,6 +310,7 @@ def _shared_rows(ours: Shared, scale: Scale) -> list[Row]:
             f"<= {CONNECTIONS}",
             ours.connections <= CONNECTIONS,
         ),
+        _crowds(ours, scale),
         _verdicts({US: verdicts}),
         _ids(verdicts),
         Row("  runs marked", {US: f"{marked} of {2 * len(ours.memory)}"}, "0", not marked),
@@ -325,6 +327,19 @@ def _question_rows(ours: Hostile) -> list[Row]:
         Row("  longest wait of others, the worst, ms", {US: f"{worst_ms:.1f}"}, f"<= {bound:g}", worst_ms <= bound),
         Row(f"    {ours.worst}"),
     ]
+
+
+def _crowds(ours: Shared, scale: Scale) -> Row:
+    """Nobody is to be hurt by who asks for what there is not."""
+    cpu = ours.unknown.cpu_us / ours.known.cpu_us
+    commands = ours.unknown.commands / ours.known.commands
+    right = ours.known.right == ours.unknown.right == scale.crowd
+    return Row(
+        f"  CPU and commands, {scale.crowd:,} unknown / known",
+        {US: f"{cpu:.2f}, {commands:.2f}" if right else "wrong answers"},
+        f"<= {CROWD_RATIO:g}",
+        right and max(cpu, commands) <= CROWD_RATIO,
+    )
 
 
 def _memory(kept: Kept, what: str, limit_kib: float) -> Row:

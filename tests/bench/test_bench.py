@@ -97,6 +97,10 @@ def test_quick_run_shares_every_token(outcomes: dict[str, Outcome]) -> None:
     assert shared["shared"][0]["busy"]["engine"] > 0
     assert shared["elsewhere"]["p50_ms"] > shared["shared"][0]["p50_ms"]
     assert 2 <= shared["connections"] <= 10
+    for crowd in (shared["known"], shared["unknown"]):
+        assert crowd["right"] == outcomes["shared"].record["scale"]["crowd"]
+        assert crowd["cpu_us"] > 0
+    assert shared["unknown"]["commands"] < shared["known"]["commands"]
     assert "lateness elsewhere p99" in outcomes["shared"].table
 
 
