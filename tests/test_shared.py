@@ -273,8 +273,7 @@ async def test_stream_is_known_everywhere_at_the_first_byte_of_its_answer(redis:
             assert there.status != 200 or (await there.content.readuntil(b"\n\n")).startswith(b"retry:")
             return there.status
 
-    switch = await Switch.open(redis.address, delay_s)
-    async with fleet(f"redis://127.0.0.1:{switch.port}", lease_s=2) as f:
+    async with slowed(redis, delay_s) as url, fleet(url, lease_s=2) as f:
         # So many that they meet each other's calls, and so few that four connections do for them.
         room = asyncio.Semaphore(16)
         statuses: Counter[tuple[str, int]] = Counter()
@@ -295,14 +294,27 @@ async def test_stream_is_known_everywhere_at_the_first_byte_of_its_answer(redis:
 
         kinds = (stopped, read, looked_at, joined)
         each = 500 if SOAK else 40 if not delay_s else 20
-        await asyncio.gather(*(ask(kind, {}) for _ in range(each) for kind in kinds))
+        async with asyncio.TaskGroup() as tasks:
+            for kind in kinds * each:
+                tasks.create_task(ask(kind, {}))
         assert statuses == {(kind.__name__, 204 if kind is stopped else 200): each for kind in kinds}
         # What a native EventSource does: it gets the URL by another request, and reads elsewhere.
         statuses.clear()
-        await asyncio.gather(*(ask(read, {"Prefer": "respond-async"}) for _ in range(each)))
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(each):
+                tasks.create_task(ask(read, {"Prefer": "respond-async"}))
         assert statuses == {("read", 200): each}
         await eventually(lambda: f.simulator.stats.active == 0)
-    await switch.close()
+
+
+@contextlib.asynccontextmanager
+async def slowed(redis: Redis, delay_s: float) -> AsyncIterator[str]:
+    """The URL by which each request and each answer takes `delay_s` longer."""
+    switch = await Switch.open(redis.address, delay_s)
+    try:
+        yield f"redis://127.0.0.1:{switch.port}"
+    finally:
+        await switch.close()
 
 
 async def test_unknown_ids_are_asked_for_together_and_then_404(redis: Redis) -> None:

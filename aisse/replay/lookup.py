@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 PATIENCE_S = 0.25
 """How long an id is asked for at least, with the producer's tick on top: a producer may be busy, or its Redis slow.
 
-With an answer that takes 0.1 s (and one before it, which the last question had to wait for) a stream that there is not
-is said to be unknown within 0.5 s.
+Where Redis takes 0.1 s for an answer, and the last question waits for the one before, it is said within 0.5 s that
+there is no such stream.
 """
 
-EXCHANGES = 2
-"""Where Redis is slow, so many of its answers are waited for if that takes longer: a producer that has a call under way
-may have to wait for that one and one more before it says which streams are new."""
+EXCHANGES = 2.5
+"""Where Redis is slow, the time of so many answers is waited if that is longer: a producer may have to wait for two
+that are under way, or about to be, before it says which streams are new; half of one it takes to get there."""
 
 WAITING = 1 << 14
-"""At most so many ids wait, some 10 MB with the requests' own share left out. Past it nobody knows whether there is
-such a stream; to say that there is not would be a lie to those whose stream is about to come."""
+"""At most so many ids wait, of 2.2 KB each beside their requests. Past it nobody knows whether there is such a stream;
+to say that there is not would be a lie to those whose stream is about to come."""
 
-# How long questions are gathered for one call: of crowds, since the first one leaves at once. Fifty calls a second
-# cost Redis nothing, and nobody sees the delay.
+# How long questions are gathered for one call, but for the first, which leaves at once. A crowd whose questions come
+# one after the other would make as many calls, which cost more than what is asked.
 GATHER_S = 0.02
 
 # When an unknown id is asked for again: then after twice the time, and so on. Most are there the first time.
