@@ -131,6 +131,7 @@ class Shared:
         self._tailer: Tailer
         self._finds: Lookup[Found]
         self._stops: Lookup[bool]
+        self._hastened: Lookup[bool]
         self._past: OrderedDict[str, None] = OrderedDict()  # oldest first
 
     async def start(self, own: Mapping[str, Stream], owner: Owner) -> None:
@@ -160,12 +161,14 @@ class Shared:
         )
         self._finds = Lookup(self._tailer.find, settings.log_tick_s)
         self._stops = Lookup(self._tailer.ask_to_stop, settings.log_tick_s)
+        self._hastened = Lookup(self._tailer.hasten, settings.log_tick_s)
         await self._check()
         self._running = [
             asyncio.create_task(self._mirror.run(), name="shared log: mirror"),
             asyncio.create_task(self._tailer.run(), name="shared log: tailer"),
             asyncio.create_task(self._finds.run(), name="shared log: find"),
             asyncio.create_task(self._stops.run(), name="shared log: stop"),
+            asyncio.create_task(self._hastened.run(), name="shared log: hasten"),
         ]
         for task in self._running:
             task.add_done_callback(_tell_end)
@@ -318,7 +321,9 @@ class Shared:
             raise
         if stream.reason is None:
             self._followed[stream_id] = stream
-            await self._tailer.follow(stream)
+            self._tailer.follow(stream)
+            with contextlib.suppress(LogUnavailableError):  # then it comes later
+                await self._hastened.find(stream_id, patient=False)
             if not stream.readers:
                 stream.left = asyncio.get_running_loop().time()
         else:

@@ -13,7 +13,6 @@ import random
 import secrets
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -276,7 +275,6 @@ async def test_stream_is_known_everywhere_at_the_first_byte_of_its_answer(redis:
     async with slowed(redis, delay_s) as url, fleet(url, lease_s=2) as f:
         # So many that they meet each other's calls, and so few that four connections do for them.
         room = asyncio.Semaphore(16)
-        statuses: Counter[tuple[str, int]] = Counter()
 
         async def ask(kind: Callable[[Fleet, str], Awaitable[int]], headers: dict[str, str]) -> None:
             async with (
@@ -285,7 +283,8 @@ async def test_stream_is_known_everywhere_at_the_first_byte_of_its_answer(redis:
             ):
                 path = answer.headers["Content-Location"]
                 assert await answer.content.readexactly(1)
-                statuses[kind.__name__, await kind(f, path)] += 1
+                said = await kind(f, path)
+                assert said == (204 if kind is stopped else 200), (kind.__name__, said)
                 if kind is not stopped:
                     async with f.client.delete(f.instances[0].url + path):
                         pass
@@ -297,13 +296,10 @@ async def test_stream_is_known_everywhere_at_the_first_byte_of_its_answer(redis:
         async with asyncio.TaskGroup() as tasks:
             for kind in kinds * each:
                 tasks.create_task(ask(kind, {}))
-        assert statuses == {(kind.__name__, 204 if kind is stopped else 200): each for kind in kinds}
         # What a native EventSource does: it gets the URL by another request, and reads elsewhere.
-        statuses.clear()
         async with asyncio.TaskGroup() as tasks:
             for _ in range(each):
                 tasks.create_task(ask(read, {"Prefer": "respond-async"}))
-        assert statuses == {("read", 200): each}
         await eventually(lambda: f.simulator.stats.active == 0)
 
 

@@ -173,21 +173,27 @@ class Tailer:
             if len(entries) < _PAGE or stream.reason is not None:
                 return
 
-    async def follow(self, stream: Follower) -> None:
-        """Brings what comes of a stream from now on; it counts as read here. Redis may be away: then later."""
+    def follow(self, stream: Follower) -> None:
+        """Brings what comes of a stream from now on, a little later unless `hasten` is called."""
         followed = _Followed(stream)
         key = followed.entries.encode()
         self._followed[key] = followed
         self._leaving.pop(key, None)
         self._work.set()
-        with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
-            await self._look_after([followed], about_to_be_read=True)
-            # The call that waits does not know of it yet, or is on its way to wait.
-            waiting = self._round
-            while waiting % 2 and waiting == self._round and self._blocking_id is not None:
-                if await self._client.client_unblock(self._blocking_id):
-                    return
-                await asyncio.sleep(_UNBLOCK_AGAIN_S)
+
+    async def hasten(self, stream_ids: Sequence[str]) -> list[bool]:
+        """Has streams that are followed since a moment ago count as read here, and come at once. Raises RedisError."""
+        keys = [entries_key(stream_id).encode() for stream_id in stream_ids]
+        some = [followed for key in keys if (followed := self._followed.get(key)) is not None]
+        for at in range(0, len(some), _BATCH):
+            await self._look_after(some[at : at + _BATCH], about_to_be_read=True)
+        # The call that waits does not know of them yet, or is on its way to wait.
+        waiting = self._round
+        while waiting % 2 and waiting == self._round and self._blocking_id is not None:
+            if await self._client.client_unblock(self._blocking_id):
+                break
+            await asyncio.sleep(_UNBLOCK_AGAIN_S)
+        return [True] * len(stream_ids)
 
     def unfollow(self, stream: Follower) -> None:
         """Nothing comes any more, and soon it does not count as read here. Idempotent."""
