@@ -20,6 +20,7 @@ from redis import exceptions
 
 from aisse.errors import ConfigError, LogUnavailableError
 from aisse.formats import AnthropicFormat
+from aisse.replay import scripts
 from aisse.replay.connection import ANSWER_S, connect, in_words, wrong_url
 from aisse.replay.lookup import Answer, Lookup
 from aisse.replay.memory import MemoryLog
@@ -205,6 +206,9 @@ class Shared:
             raise ConfigError(f"log: Redis {version} is too old; 7.0 or later, or Valkey, is needed")
         if (policy := memory.get("maxmemory_policy", "noeviction")) != "noeviction":
             _log.warning("shared log may lose what is in use: maxmemory-policy is not noeviction", policy=policy)
+        # All at once, which opens the connections, too: the first stream is to be known as soon as any other.
+        with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
+            await asyncio.gather(*map(self._client.script_load, scripts.ALL))
 
     # --- streams that run here --------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from redis_server import Server as Redis
 from redis_server import binaries, redis_server, required
 
 from aisse.errors import UnknownStreamError
+from aisse.replay import scripts
 from aisse.simulator import Script, Simulator
 from aisse.sse import frame
 
@@ -349,6 +351,16 @@ async def test_stream_that_was_here_is_asked_for_once(redis: Redis) -> None:
                 assert answer.status == 404
             # The stream, and what says that Redis was not emptied.
             assert (await client.info("commandstats"))["cmdstat_exists"]["calls"] == 2 * 2
+
+
+async def test_first_stream_waits_for_no_script_and_no_connection(redis: Redis) -> None:
+    async with fleet(redis.url, count=1) as f:
+        client = redis.client()
+        assert all(await client.script_exists(*(hashlib.sha1(text.encode()).hexdigest() for text in scripts.ALL)))  # noqa: S324 - how Redis names them
+        before = len(await client.client_list())
+        await asyncio.gather(*(f.ask(0, "[[tokens=1]]", Idempotency_Key=f"{number}") for number in range(20)))
+        assert len(await client.client_list()) <= before
+        assert (await client.info("commandstats"))["cmdstat_script|load"]["calls"] == len(scripts.ALL)
 
 
 async def test_new_streams_are_said_beside_a_backlog(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,3 +262,5 @@ if tonumber(ARGV[2]) > 0 then redis.call('SET', KEYS[3], 1, 'PX', ARGV[2]) end
 if KEYS[4] and redis.call('HGET', KEYS[4], 'stream') == ARGV[1] then redis.call('DEL', KEYS[4]) end
 """
 )
+
+ALL = (CREATE, APPEND, RENEW, ATTEND, BURY, LOOK, STOP_ASKED, CLAIM, WITHDRAW)
