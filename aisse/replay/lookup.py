@@ -24,8 +24,8 @@ there is no such stream.
 """
 
 EXCHANGES = 2.5
-"""Where Redis is slow, the time of so many answers is waited if that is longer: a producer may have to wait for two
-that are under way, or about to be, before it says which streams are new; half of one it takes to get there."""
+"""Where Redis is slow, the time of so many answers is waited if that is longer: a producer may have to wait for the
+answer to its last call before it says which streams are new, half of one it takes to get there, and one is spare."""
 
 WAITING = 1 << 14
 """At most so many ids wait, of 2.2 KB each beside their requests. Past it nobody knows whether there is such a stream;

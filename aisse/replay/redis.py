@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import secrets
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -152,6 +153,7 @@ class Mirror:
         self._behind: dict[RedisLog, None] = {}
         self._elsewhere: set[RedisLog] = set()
         self._work = asyncio.Event()
+        self._new = asyncio.Event()
         self._unknown: dict[RedisLog, None] = {}  # to Redis, oldest first
         self._settled: asyncio.Future[None] | None = None
         self._troubles: dict[str, str] = {}
@@ -163,7 +165,7 @@ class Mirror:
         self._withdraw = client.register_script(scripts.WITHDRAW)
 
     def log(self, stream_id: str, memory: ReplayMemory, claim: tuple[str, str] | None = None) -> RedisLog:
-        """The log of a new stream, which Redis knows of with the next tick."""
+        """The log of a new stream, which Redis is told of at once, at the latest with the next tick."""
         log = self._logs[stream_id] = RedisLog(stream_id, memory, self, claim)
         self.note(log)
         return log
@@ -176,6 +178,7 @@ class Mirror:
         self._behind[log] = None
         if not log.known:
             self._unknown[log] = None
+            self._new.set()
         self._work.set()
 
     def drop(self, log: RedisLog) -> None:
@@ -249,9 +252,50 @@ class Mirror:
     async def run(self) -> None:
         """Mirrors and renews until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._create_for_ever(), name="shared log: create")
             tasks.create_task(self._append_for_ever(), name="shared log: append")
             tasks.create_task(self._renew_for_ever(), name="shared log: leases")
             tasks.create_task(self._watch_clock(), name="shared log: clock")
+
+    # --- new streams ------------------------------------------------------------------------------------------
+
+    async def _create_for_ever(self) -> None:
+        """Beside the appends, which may take long: who is told of a stream may ask any instance for it at once."""
+        failures = 0
+        begun = -math.inf
+        while True:
+            heed_cancellation()
+            if not self._unknown:
+                self._well("create")
+                failures = 0
+                self._new.clear()
+                await self._new.wait()
+            # The first one at once, those that come within a tick together.
+            wait_s = begun + self._tick_s - time.monotonic()
+            await asyncio.sleep(max(0.0, wait_s) if not failures else backoff_s(failures))
+            begun = time.monotonic()
+            failures = 0 if await self._reach("create", self._create_some) else failures + 1
+
+    async def _create_some(self) -> None:
+        if logs := list(itertools.islice(self._unknown, _BATCH)):
+            await self._make_known(logs)
+
+    async def _make_known(self, logs: list[RedisLog]) -> None:
+        args: list[Any] = [self.token, self._lease_ms, self._keep_ms, self._claim_ms]
+        for log in logs:
+            args += (log.id, int(log.created_at * 1000), log.claim[1] if log.claim else "")
+        said = await self._create(
+            keys=[
+                key
+                for log in logs
+                for key in (log.state_key, log.entries_key, claim_key(log.claim[0]) if log.claim else log.state_key)
+            ],
+            args=args,
+        )
+        for log, ours in zip(logs, said, strict=True):
+            log.known = bool(ours)
+            self._unknown.pop(log, None)
+        await self._give_up([log for log, ours in zip(logs, said, strict=True) if not ours])
 
     # --- appending --------------------------------------------------------------------------------------------
 
@@ -272,27 +316,7 @@ class Mirror:
         """What is new at the beginning, of each stream at most one group."""
         logs = list(self._behind)
         while logs:
-            # Those, too, that came meanwhile: who was told of one may ask any instance for it.
-            if unknown := list(itertools.islice(self._unknown, _BATCH)):
-                await self._make_known(unknown)
             del logs[: await self._append_some(logs[:_BATCH])]
-
-    async def _make_known(self, logs: list[RedisLog]) -> None:
-        args: list[Any] = [self.token, self._lease_ms, self._keep_ms, self._claim_ms]
-        for log in logs:
-            args += (log.id, int(log.created_at * 1000), log.claim[1] if log.claim else "")
-        said = await self._create(
-            keys=[
-                key
-                for log in logs
-                for key in (log.state_key, log.entries_key, claim_key(log.claim[0]) if log.claim else log.state_key)
-            ],
-            args=args,
-        )
-        for log, ours in zip(logs, said, strict=True):
-            log.known = bool(ours)
-            self._unknown.pop(log, None)
-        await self._give_up([log for log, ours in zip(logs, said, strict=True) if not ours])
 
     async def _append_some(self, logs: list[RedisLog]) -> int:
         """How many of these were dealt with."""
