@@ -23,9 +23,9 @@ Where Redis takes 0.1 s for an answer, and the last question waits for the one b
 there is no such stream.
 """
 
-EXCHANGES = 2.5
+EXCHANGES = 2
 """Where Redis is slow, the time of so many answers is waited if that is longer: a producer may have to wait for the
-answer to its last call before it says which streams are new, half of one it takes to get there, and one is spare."""
+answer to its last call before it says which streams are new, and one is spare: it may have to connect."""
 
 WAITING = 1 << 14
 """At most so many ids wait, of 2.2 KB each beside their requests. Past it nobody knows whether there is such a stream;
