@@ -39,6 +39,10 @@ def pytest_asyncio_loop_factories(
     return {"uvloop": uvloop.new_event_loop}
 
 
+# Limits that have no effect within a test which does not set them, however little of the machine it gets.
+PATIENT = {"leave_s": 300, "stall_s": 300, "silence_s": 300, "body_s": 300, "connect_s": 300, "keep_alive_s": 300}
+
+
 @dataclass
 class Server:
     """An aisse in this process."""
@@ -61,8 +65,8 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> AsyncIterator[Server]:
-    """An aisse in front of `upstream` (a base URL), with `settings` that differ from the defaults."""
-    effective = Settings.model_validate({"upstream": upstream, "drain_s": 0, **settings})
+    """An aisse in front of `upstream` (a base URL), with `settings` that differ from the defaults and from PATIENT."""
+    effective = Settings.model_validate({"upstream": upstream, "drain_s": 0, **PATIENT, **settings})
     app = create_app(effective, Upstream(upstream, effective, key=key))
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=2.0, **runner_arguments(effective))
     await runner.setup()
@@ -104,10 +108,10 @@ def prompt(text: str, **parameters: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **parameters}
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 9.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Returns once `condition` holds; fails the test if it does not within `timeout_s`.
 
-    By default that is as long as can be before a setting's own default, `leave_s` above all, has its effect.
+    By default that is longer than any machine takes for anything, and shorter than PATIENT.
     """
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 
 
 @dataclass

@@ -199,13 +199,13 @@ class RawClient:
         self.body.feed(data)
         return data
 
-    async def read_until(self, condition: Callable[[RawClient], bool], timeout_s: float = 20.0) -> None:
+    async def read_until(self, condition: Callable[[RawClient], bool], timeout_s: float = 60.0) -> None:
         """Reads until `condition` of this client holds, or the connection is broken, which fails the test."""
         async with asyncio.timeout(timeout_s):
             while not condition(self):
                 assert await self.read() or condition(self), f"the connection ended after {self.body.chunks[-1:]}"
 
-    async def read_to_end(self, timeout_s: float = 20.0) -> None:
+    async def read_to_end(self, timeout_s: float = 60.0) -> None:
         """Reads until the body has ended cleanly or the connection is broken."""
         async with asyncio.timeout(timeout_s):
             while not self.body.ended and not self.broken:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator
 
-START_S = 30.0
+START_S = 60.0
 
 
 def binaries() -> dict[str, Path | None]:

@@ -108,7 +108,7 @@ async def failing(error: Exception) -> AsyncIterator[TestClient[web.Request, web
     app.router.add_get("/late", fail_late)
     server = TestServer(app)
     await server.start_server(access_log=None)
-    async with TestClient(server, timeout=aiohttp.ClientTimeout(10)) as client:
+    async with TestClient(server, timeout=aiohttp.ClientTimeout(60)) as client:
         yield client
 
 
@@ -284,7 +284,7 @@ async def test_shutdown_of_an_embedder_ends_a_running_stream_with_shutdown(simul
         response = await client.post("/api/chat", json=prompt("[[pace=20 tokens=10000]]"))
         reading = asyncio.create_task(response.text())
         await eventually(lambda: app[REGISTRY].readers == 1)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await client.server.close()
             text = await reading
     assert text.count("event: end\n") == 1
@@ -334,7 +334,7 @@ async def test_serve_announces_once_it_accepts_and_returns_when_told(simulator: 
         async with client.get(url + "/health/ready") as response:
             assert response.status == 200
         stop.set()
-        await asyncio.wait_for(serving_task, 10)
+        await asyncio.wait_for(serving_task, 60)
         with pytest.raises(aiohttp.ClientConnectionError):
             await client.get(url + "/health/live")
 
@@ -358,7 +358,7 @@ async def test_serve_told_to_stop_while_its_model_loads_does_not_wait_for_it(mon
     running = asyncio.create_task(serve(settings, stop, key_for=lambda _url: None, announce=lambda _url, _name: None))
     await loading.wait()
     stop.set()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
     assert closed.is_set()
     assert asyncio.all_tasks() <= tasks
 

@@ -402,7 +402,7 @@ def test_loss_after_the_end_is_told_to_aiohttp_only() -> None:
 
 @contextlib.asynccontextmanager
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=10)
+    timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(response_class=UpstreamResponse, timeout=timeout, read_bufsize=16 << 10) as opened:
         yield opened
 
@@ -413,7 +413,7 @@ async def received(response: aiohttp.ClientResponse) -> bytes:
     out: list[bytes] = []
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     response.raw_body.listen(response.content, out.append, lambda: ended.set_result(None))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await ended
     assert response.raw_body.ended
     assert response.raw_body.size == len(b"".join(out))
@@ -529,7 +529,7 @@ async def test_garbage_from_a_socket_ends_the_body_and_its_connection() -> None:
     async with raw_upstream(answering(HEAD + chunk(b"abc") + b"garbage\r\n")) as upstream, session() as client:
         response = await client.post(upstream.url)
         assert await received(response) == b"abc"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await upstream.connections[0].lost.wait()
         response.close()
 
@@ -605,7 +605,7 @@ async def test_paused_body_leaves_bytes_in_the_kernel_until_resumed() -> None:
         assert isinstance(response, UpstreamResponse)
         response.raw_body.pause()
         go.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while upstream.connections[0].unread() < len(WIRE):
                 await asyncio.sleep(0.002)
         assert response.raw_body.size == 0

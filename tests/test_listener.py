@@ -46,7 +46,7 @@ async def queued(pid: int, address: tuple[str, int]) -> AsyncIterator[list[socke
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         socks = []
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for _ in range(CONNECTIONS):
                 sock = stack.enter_context(contextlib.closing(socket.socket()))
                 sock.setblocking(False)

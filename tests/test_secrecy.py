@@ -87,7 +87,7 @@ class Got:
 
 async def ask(client: aiohttp.ClientSession, url: str, body: Any = None, **arguments: Any) -> Got:
     body = prompt("anything") if body is None else body
-    async with asyncio.timeout(20), client.post(url + "/api/chat", json=body, **arguments) as response:
+    async with asyncio.timeout(60), client.post(url + "/api/chat", json=body, **arguments) as response:
         return Got(response.status, response.headers, await response.read())
 
 
@@ -495,7 +495,7 @@ async def every_malformed_request(address: tuple[str, int]) -> None:
         writer.write_eof()
         with contextlib.suppress(ConnectionError):
             # aiohttp's own answers quote the client's request to the client, which is no leak.
-            answered = await asyncio.wait_for(reader.read(), 10)
+            answered = await asyncio.wait_for(reader.read(), 60)
             assert b"Traceback" not in answered
             assert KEY.encode() not in answered
         writer.close()
@@ -582,7 +582,7 @@ async def test_log_of_a_process_that_went_through_everything_holds_nothing_priva
         server.process.send_signal(signal.SIGTERM)
         for response in streams:
             assert (await response.read()).endswith(b"\n\n")
-        assert await asyncio.wait_for(server.process.wait(), 20) == 0
+        assert await asyncio.wait_for(server.process.wait(), 60) == 0
         assert server.holds(event="stream ended", reason="shutdown")
 
         assert len(server.lines()) > len(SCRIPTS)
@@ -604,7 +604,7 @@ async def test_log_of_a_process_whose_upstream_is_gone_holds_nothing_private(
             assert_silent(got.everything, "the answer")
             await eventually(lambda: server.holds(event="stream ended", error_type="api_error"))
             server.process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(server.process.wait(), 20) == 0
+            assert await asyncio.wait_for(server.process.wait(), 60) == 0
             assert_silent(server.log.read_text(), "the log")
 
 
@@ -651,7 +651,7 @@ async def test_log_of_a_process_whose_upstream_echoes_holds_nothing_private(
             assert KEY not in got.everything, case
         assert len(upstream.requests) == len(cases)
         server.process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(server.process.wait(), 20) == 0
+        assert await asyncio.wait_for(server.process.wait(), 60) == 0
         text = server.log.read_text()
         assert_silent(text, "the log")
         assert PROMPT.replace("-", "_") not in text

@@ -432,7 +432,7 @@ async def test_started_waits_until_it_is_decided(decide: Callable[[Stream], obje
         await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
     decide(stream)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await asyncio.gather(*waiting)
         await stream.started()
 
@@ -446,7 +446,7 @@ async def test_started_survives_that_one_of_its_waiters_leaves() -> None:
         await leaving
     assert not staying.done()
     stream.start()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await staying
 
 
@@ -859,7 +859,7 @@ async def test_flow_may_be_cancelled_and_awaited_again() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     stream.advance(stream.log.tail)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await waiting
 
 

@@ -38,7 +38,7 @@ print(json.dumps([[taken.getsockname()[:2] for taken in sockets], *json.loads(do
 def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
     """A notification socket as systemd binds it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
-        bound.settimeout(5)
+        bound.settimeout(60)
         bound.bind(str(tmp_path / "notify"))
         yield bound
 
@@ -85,7 +85,7 @@ def test_status_of_several_lines_is_sent_as_one_and_sets_nothing_else(
 def test_abstract_socket_is_found_behind_its_at_sign() -> None:
     name = f"aisse-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
-        supervisor.settimeout(5)
+        supervisor.settimeout(60)
         supervisor.bind("\0" + name)
         with contextlib.closing(Notifier.from_environment({"NOTIFY_SOCKET": "@" + name})) as notifier:
             notifier.ready()
@@ -212,8 +212,8 @@ def test_socket_goes_on_listening_where_it_was_taken_over_and_closed() -> None:
     """The process ends, and what it was passed is still open for the next."""
     with listener() as held:
         assert started(held).returncode == 0
-        with socket.create_connection(held.getsockname(), timeout=5):
-            held.settimeout(5)
+        with socket.create_connection(held.getsockname(), timeout=60):
+            held.settimeout(60)
             held.accept()[0].close()
 
 

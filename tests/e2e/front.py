@@ -124,14 +124,14 @@ class Client:
         """Ends the request as a page that is closed does."""
         raise NotImplementedError
 
-    async def answered(self, timeout_s: float = 20.0) -> None:
+    async def answered(self, timeout_s: float = 60.0) -> None:
         """Reads until there are status and headers."""
         async with asyncio.timeout(timeout_s):
             while not self.status:
                 assert not self.broken, "no answer has come"
                 await self.read()
 
-    async def until(self, text: bytes, timeout_s: float = 20.0) -> None:
+    async def until(self, text: bytes, timeout_s: float = 60.0) -> None:
         """Reads until `text` has come."""
         async with asyncio.timeout(timeout_s):
             while text not in self.body:
@@ -139,7 +139,7 @@ class Client:
                 assert not self.broken, f"broken off after {bytes(self.body[-500:])!r}"
                 await self.read()
 
-    async def to_end(self, timeout_s: float = 30.0) -> str:
+    async def to_end(self, timeout_s: float = 60.0) -> str:
         """Reads until the body is complete, or the connection or stream broken off."""
         async with asyncio.timeout(timeout_s):
             while not (self.ended or self.broken):
@@ -281,7 +281,7 @@ async def connect(
         sock.bind((source, 0))
         await asyncio.get_running_loop().sock_connect(sock, address)
         wire = Wire(sock, None if way == "http1" else tls, address[0])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await wire.handshake()
     except BaseException:
         sock.close()

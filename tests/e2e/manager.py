@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator, Iterator
 
-BOOT_S = 30.0
+BOOT_S = 60.0
 COMMAND_S = 90.0
 
 PROGRAM = "/usr/lib/systemd/systemd"

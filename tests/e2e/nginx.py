@@ -26,8 +26,8 @@ Prefix = Literal["left", "taken off"]
 
 CONFIGURATION = Path(__file__).parents[2] / "nginx"
 DEBIAN = Path("/usr/sbin/nginx")
-START_S = 30.0
-EXIT_S = 10.0
+START_S = 60.0
+EXIT_S = 60.0
 
 # What a distribution's own nginx.conf may hold around ours; gzip as eager as it gets.
 _MAIN = """

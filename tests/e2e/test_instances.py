@@ -167,10 +167,10 @@ async def test_kill_of_the_producer_ends_its_streams_once_for_everybody(
         assert slowest < LOST_S
         print(f"\n{KILLS} kills of {STREAMS} streams: the last end after {slowest:.1f} s")  # noqa: T201
         connection = redis.client()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(await connection.keys()) > 1:  # the survivor's own
                 await asyncio.sleep(0.1)
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while len(await connection.client_list()) > base + len(redis._clients):
                 await asyncio.sleep(0.05)
 
@@ -184,7 +184,7 @@ async def test_reader_ahead_of_what_was_shared_still_ends(
         path = await ask(client, victim.url, "[[tokens=100000 pace=50]]")
         first = Reader(path, [victim.url])
         reading = asyncio.create_task(first.run(client))
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while len(await kept(redis, path)) < 2:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)  # half a tick
@@ -213,7 +213,7 @@ async def test_producer_that_stood_still_past_its_lease_appends_nothing_and_stop
         path = await ask(client, frozen.url, "[[tokens=100000 pace=50]]")
         here, there = Reader(path, [frozen.url]), Reader(path, [other.url])
         tasks = [asyncio.create_task(reader.run(client)) for reader in (here, there)]
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while len(await kept(redis, path)) < 20:
                 await asyncio.sleep(0.01)
         os.kill(frozen.pid, signal.SIGSTOP)
@@ -228,7 +228,7 @@ async def test_producer_that_stood_still_past_its_lease_appends_nothing_and_stop
             async with client.get(upstream.url + "/stats") as answer:
                 return int((await answer.json())["active"])
 
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while await active():
                 await asyncio.sleep(0.02)
         assert await kept(redis, path) == entries
@@ -243,13 +243,13 @@ async def test_producer_that_stood_still_until_its_streams_were_forgotten_does_n
         path = await ask(client, frozen.url, "[[tokens=100000 pace=50]]")
         here, there = Reader(path, [frozen.url]), Reader(path, [other.url])
         tasks = [asyncio.create_task(reader.run(client)) for reader in (here, there)]
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while len(await kept(redis, path)) < 20:
                 await asyncio.sleep(0.01)
         os.kill(frozen.pid, signal.SIGSTOP)
         await tasks[1]
         connection = redis.client()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(await connection.keys()) > 2 or time.monotonic() - there.ended_at < 5:
                 await asyncio.sleep(0.05)
         os.kill(frozen.pid, signal.SIGCONT)
@@ -299,14 +299,14 @@ async def test_drain_without_redis_lets_readers_stay_and_is_over_in_time(
     async with instance(upstream, redis, "--drain-s", "3") as one:
         paths = [await ask(client, one.url, f"[[tokens={tokens} pace=20]]") for tokens in (60, 100_000)]
         readers = [asyncio.create_task(read(client, one.url + path)) for path in paths]
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while not await kept(redis, paths[1]):
                 await asyncio.sleep(0.01)
         if how == "stopped":
             await redis.stop()
         else:
             redis.pause()
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             while not one.logged("shared log in trouble"):
                 await asyncio.sleep(0.02)
         begun = time.monotonic()

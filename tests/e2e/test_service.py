@@ -202,7 +202,7 @@ async def started(
             await process.wait()
 
 
-async def exit_code(process: Process, timeout_s: float = 30) -> int:
+async def exit_code(process: Process, timeout_s: float = 60) -> int:
     async with asyncio.timeout(timeout_s):
         return await process.wait()
 
@@ -213,12 +213,12 @@ async def test_ready_is_said_once_connections_are_accepted(supervisor: Superviso
         refused_before = 0
         while not supervisor.said("READY=1"):
             with socket.socket() as probe:
-                probe.settimeout(5)
+                probe.settimeout(60)
                 refused_before += probe.connect_ex((host, port)) != 0
             await asyncio.sleep(0.01)
             assert process.returncode is None, log.read_text()
         assert refused_before > 0
-        socket.create_connection((host, port), timeout=5).close()
+        socket.create_connection((host, port), timeout=60).close()
         process.terminate()
         assert await exit_code(process) == 0
 

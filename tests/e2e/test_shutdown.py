@@ -253,7 +253,7 @@ async def test_progress_of_a_drain_on_a_terminal_is_one_line_that_is_written_ane
                 process.terminate()
                 await shorter.read_to_end()
                 await asked.read_to_end()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 assert await process.wait() == 0
         finally:
             if process.returncode is None:

@@ -960,7 +960,7 @@ async def test_headers_and_opening_leave_in_one_segment(simulator: Simulator) ->
         data = request("POST", "/api/chat", json.dumps(prompt("[[first_s=3600]]")).encode())
 
         def first_segment() -> bytes:
-            with socket.create_connection(server.address, timeout=10) as sock:
+            with socket.create_connection(server.address, timeout=60) as sock:
                 sock.sendall(data)
                 return sock.recv(65536)
 

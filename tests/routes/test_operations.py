@@ -261,7 +261,7 @@ async def test_rate_is_of_the_last_seconds_and_falls_to_nothing(
         await until(server, lambda said: said["tokensPerSecond"] == 0)
 
 
-async def until(server: Server, condition: Any, timeout_s: float = 10.0) -> dict[str, Any]:
+async def until(server: Server, condition: Any, timeout_s: float = 60.0) -> dict[str, Any]:
     """What /health says once `condition` holds for it."""
     async with asyncio.timeout(timeout_s):
         while not condition(said := await health(server)):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CLIENT = HERE.parents[1] / "aisse" / "web" / "aisse.js"
-RUN_S = 40.0
-TELL_S = 5.0
+RUN_S = 90.0
+TELL_S = 20.0
 QUICK = 900_000
 
 
