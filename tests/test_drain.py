@@ -66,7 +66,7 @@ def resuming(path: str, **headers: str) -> bytes:
 
 
 async def test_every_reader_is_told_once_between_frames_and_reads_on(simulator: Simulator) -> None:
-    async with serving(simulator.url, drain_s=30, reconnect_spread_s=4) as server:
+    async with serving(simulator.url, drain_s=600, reconnect_spread_s=4) as server:
         clients = [await asking(server, "[[tokens=60 pace=50]]") for _ in range(5)]
         async with draining(server) as drain:
             for client in clients:
@@ -76,7 +76,7 @@ async def test_every_reader_is_told_once_between_frames_and_reads_on(simulator: 
                 (control,) = written.controls
                 assert control.data["resume"] is False
                 assert 0 <= control.retry_ms <= 4000
-                assert 25_000 < control.data["deadline_ms"] <= 30_000
+                assert 500_000 < control.data["deadline_ms"] <= 600_000
                 assert set(control.data) == {"type", "resume", "deadline_ms"}
                 assert control.data["type"] == "reconnect"
                 assert [frame.seq for frame in written.frames] == list(range(1, len(written.frames) + 1))
@@ -88,7 +88,7 @@ async def test_every_reader_is_told_once_between_frames_and_reads_on(simulator: 
 
 async def test_reader_that_is_not_answered_yet_is_told_after_its_opening(simulator: Simulator) -> None:
     async with (
-        serving(simulator.url, drain_s=30, first_byte_commit_s=60) as server,
+        serving(simulator.url, drain_s=600, first_byte_commit_s=60) as server,
         await RawClient.connect(server.address) as client,
     ):
         await client.post(prompt("[[first_s=0.5 tokens=3]]"))
@@ -103,7 +103,7 @@ async def test_reader_that_is_not_answered_yet_is_told_after_its_opening(simulat
 
 async def test_reader_whose_socket_is_full_is_not_waited_for_and_told_once_it_reads(simulator: Simulator) -> None:
     async with (
-        serving(simulator.url, drain_s=30) as server,
+        serving(simulator.url, drain_s=600) as server,
         await RawClient.connect(server.address, receive_buffer_bytes=16 << 10) as stalled,
         await asking(server, ENDLESS) as other,
     ):
@@ -121,7 +121,7 @@ async def test_reader_whose_socket_is_full_is_not_waited_for_and_told_once_it_re
 async def test_reader_of_a_silent_stream_is_told_without_another_event(simulator: Simulator) -> None:
     """It stands at the tail, where only the relay writes, and its own task waits for the stream."""
     async with (
-        serving(simulator.url, drain_s=30, heartbeat_s=60) as server,
+        serving(simulator.url, drain_s=600, heartbeat_s=60) as server,
         await asking(server, "[[tokens=20 fault=stall at=5]]") as client,
     ):
         await client.read_until(lambda client: len(client.written.frames) >= 3)
@@ -130,7 +130,7 @@ async def test_reader_of_a_silent_stream_is_told_without_another_event(simulator
 
 
 async def test_reader_that_joins_while_draining_reads_on_and_is_told_to_stay(simulator: Simulator) -> None:
-    async with serving(simulator.url, drain_s=30) as server, await asking(server, ENDLESS) as first:
+    async with serving(simulator.url, drain_s=600) as server, await asking(server, ENDLESS) as first:
         await first.read_until(lambda client: len(client.written.frames) >= 3)
         frame = first.written.frames[1]
         stream_id = frame.id.partition(".")[0]
@@ -147,7 +147,7 @@ async def test_reader_that_joins_while_draining_reads_on_and_is_told_to_stay(sim
 
 async def test_heartbeats_go_on_while_draining(simulator: Simulator) -> None:
     async with (
-        serving(simulator.url, drain_s=30, heartbeat_s=1, first_byte_commit_s=0) as server,
+        serving(simulator.url, drain_s=600, heartbeat_s=1, first_byte_commit_s=0) as server,
         await RawClient.connect(server.address) as client,
     ):
         await client.post(prompt("[[first_s=60]]"))
@@ -190,7 +190,7 @@ async def test_post_while_draining_is_503_with_retry_after_and_close(server: Ser
 
 async def test_failure_of_a_started_generation_while_draining_is_not_taken_for_a_refusal(simulator: Simulator) -> None:
     """A proxy may send a refused request elsewhere; this one it must not."""
-    async with serving(simulator.url, drain_s=30, first_byte_commit_s=60) as server:
+    async with serving(simulator.url, drain_s=600, first_byte_commit_s=60) as server:
         asked = asyncio.create_task(
             answer(server, request("POST", "/api/chat", json.dumps(prompt("[[first_s=0.5 status=529]]")).encode(), {}))
         )
@@ -220,7 +220,7 @@ async def test_request_whose_body_is_on_its_way_is_waited_for_with_nothing_else_
 async def test_reader_that_comes_while_connections_are_still_taken_is_told_once_with_the_others(
     simulator: Simulator,
 ) -> None:
-    async with serving(simulator.url, drain_s=30, unready_s=2) as server, await asking(server, ENDLESS) as first:
+    async with serving(simulator.url, drain_s=600, unready_s=2) as server, await asking(server, ENDLESS) as first:
         path = first.headers["content-location"]
         closed = asyncio.Event()
 
@@ -243,7 +243,7 @@ async def test_reader_that_comes_while_connections_are_still_taken_is_told_once_
 
 async def test_post_that_joins_a_stream_of_this_server_still_does_while_draining(simulator: Simulator) -> None:
     body = json.dumps(prompt(ENDLESS)).encode()
-    async with serving(simulator.url, drain_s=30) as server, await RawClient.connect(server.address) as first:
+    async with serving(simulator.url, drain_s=600) as server, await RawClient.connect(server.address) as first:
         await first.send(request("POST", "/api/chat", body, {"Idempotency-Key": "once"}))
         await first.answered()
         stream_id = first.headers["content-location"].rpartition("/")[2]
@@ -303,7 +303,7 @@ async def test_get_that_no_event_source_sends_is_refused_as_ever(
 
 
 async def test_get_at_the_end_of_a_finished_stream_is_204_while_draining(simulator: Simulator) -> None:
-    async with serving(simulator.url, drain_s=30) as server, await asking(server, "[[tokens=2]]") as client:
+    async with serving(simulator.url, drain_s=600) as server, await asking(server, "[[tokens=2]]") as client:
         await client.read_to_end()
         cursor = client.written.frames[-1].id
         server.registry.draining = True
@@ -330,18 +330,16 @@ async def test_streams_that_run_at_the_deadline_end_as_shutdown_and_their_reader
 
 
 async def test_reader_that_takes_nothing_is_cut_off_after_the_deadline_and_not_ended(simulator: Simulator) -> None:
-    loop = asyncio.get_running_loop()
     async with (
-        serving(simulator.url, drain_s=0.2, stall_s=60) as server,
+        serving(simulator.url, drain_s=0.2, stall_s=600) as server,
         await RawClient.connect(server.address, receive_buffer_bytes=16 << 10) as stalled,
     ):
         await stalled.post(prompt("[[tokens=4000 token_bytes=1000]]"))
         await stalled.answered()
         await eventually(lambda: server.registry.buffered_bytes > 0)
-        begun = loop.time()
-        await server.drain.run()
+        # stall_s is what it must not wait for.
+        await asyncio.wait_for(server.drain.run(), 60)
         assert server.registry.readers == 0
-        assert loop.time() - begun < 10  # stall_s is what it must not wait for
         await stalled.read_to_end()
         assert not stalled.body.ended
 
@@ -355,7 +353,7 @@ async def test_drain_ends_with_the_last_stream_and_not_with_the_deadline(simulat
 
 
 async def test_drain_that_is_asked_for_again_is_the_same_one(simulator: Simulator) -> None:
-    async with serving(simulator.url, drain_s=30) as server, await asking(server, "[[tokens=30 pace=50]]") as client:
+    async with serving(simulator.url, drain_s=600) as server, await asking(server, "[[tokens=30 pace=50]]") as client:
         first, second = (asyncio.create_task(server.drain.run()) for _ in range(2))
         await client.read_to_end()
         async with asyncio.timeout(60):
@@ -390,7 +388,7 @@ async def test_request_on_its_way_when_the_listener_closes_is_answered(
 ) -> None:
     """With nothing else to wait for, too: its connection was accepted, and is nobody's to close over it."""
     monkeypatch.setattr("aisse.drain._RACING_S", 2.0)  # more than a busy machine takes for the answer
-    async with serving(simulator.url, drain_s=30) as server, connected(server.address) as connection:
+    async with serving(simulator.url, drain_s=600) as server, connected(server.address) as connection:
         closed = asyncio.Event()
 
         async def close_listener() -> None:
@@ -416,7 +414,7 @@ async def test_unready_time_does_not_pass_where_no_listener_is_left_to_close(sim
 async def test_progress_is_reported_until_nothing_is_left(simulator: Simulator) -> None:
     said: list[tuple[int, int, float]] = []
     async with (
-        serving(simulator.url, drain_s=60) as server,
+        serving(simulator.url, drain_s=600) as server,
         await asking(server, "[[tokens=40 pace=20]]") as client,
         draining(server, report=lambda *left: said.append(left)) as drain,
     ):
@@ -424,17 +422,17 @@ async def test_progress_is_reported_until_nothing_is_left(simulator: Simulator) 
         await asyncio.wait_for(drain, 60)
     assert said[0][:2] == (1, 1)
     assert said[-1][:2] == (0, 0)
-    assert 50 < said[-1][2] < said[0][2] < 60
+    assert 500 < said[-1][2] < said[0][2] < 600
 
 
 async def test_progress_that_nobody_else_shows_is_logged(
     simulator: Simulator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with serving(simulator.url, drain_s=60) as server, await asking(server, "[[tokens=40 pace=20]]") as client:
+    async with serving(simulator.url, drain_s=600) as server, await asking(server, "[[tokens=40 pace=20]]") as client:
         drain = asyncio.create_task(server.drain.run())
         await client.read_to_end()
         await drain
-    assert re.search(r"draining .*left_s=5\d\.\d.* readers=1.* streams=1", capsys.readouterr().out)
+    assert re.search(r"draining .*left_s=5\d\d\.\d.* readers=1.* streams=1", capsys.readouterr().out)
 
 
 async def test_cancelled_drain_leaves_streams_to_close(simulator: Simulator) -> None:

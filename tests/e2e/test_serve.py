@@ -253,7 +253,7 @@ async def test_signal_lets_a_stream_complete_and_ends_one_that_cannot(number: si
 
 async def test_signal_without_streams_ends_at_once(client: aiohttp.ClientSession) -> None:
     """Connections that are only kept are nothing to wait for."""
-    async with served("--upstream", "simulator", "--drain-s", "60") as running, connected(running.address) as kept:
+    async with served("--upstream", "simulator", "--drain-s", "600") as running, connected(running.address) as kept:
         assert await kept.usable()
         await health(client, running)
         running.process.send_signal(signal.SIGTERM)
@@ -265,7 +265,7 @@ async def test_signal_without_streams_ends_at_once(client: aiohttp.ClientSession
 async def test_drain_ends_once_the_last_stream_has() -> None:
     async with (
         aiohttp.ClientSession() as client,
-        served("--upstream", "simulator", "--drain-s", "60") as running,
+        served("--upstream", "simulator", "--drain-s", "600") as running,
         asking(client, running, "[[tokens=20 pace=40]]") as response,
     ):
         running.process.send_signal(signal.SIGTERM)

@@ -850,7 +850,7 @@ async def test_reconnect_without_resume_stays(driver: Driver) -> None:
 
 async def test_server_that_was_told_to_stop_ends_its_running_answer(driver: Driver, simulator: Simulator) -> None:
     """A real drain: `reconnect`, and the answer goes on to its end on the same connection."""
-    async with serving(simulator.url, drain_s=20) as server:
+    async with serving(simulator.url, drain_s=600) as server:
         run = driver.begin(body=prompt("[[tokens=30 pace=60]]"), options={"url": server.chat})
         while not (await run.so_far())["chat"]["text"]:
             await asyncio.sleep(0.01)
