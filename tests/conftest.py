@@ -116,3 +116,17 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> 
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+def settled(figure: Callable[[], int], for_s: float = 0.5) -> Callable[[], bool]:
+    """A condition: `figure` has not changed for `for_s`."""
+    loop = asyncio.get_running_loop()
+    last: list[tuple[int, float]] = [(figure(), loop.time())]
+
+    def holds() -> bool:
+        now = figure()
+        if now != last[0][0]:
+            last[0] = now, loop.time()
+        return loop.time() - last[0][1] >= for_s
+
+    return holds

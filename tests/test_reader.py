@@ -16,7 +16,7 @@ import pytest
 import uvloop
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse
-from conftest import Server, eventually, prompt, serving
+from conftest import Server, eventually, prompt, serving, settled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rawclient import ChunkedDecoder, Frame, RawClient, Written, parse
@@ -462,20 +462,6 @@ async def test_reader_that_catches_up_before_the_relay_has_its_turn_does_not_lea
     with capture_logs() as logs:
         await registry.close()
     assert [line["event"] for line in logs] == ["stream ended"]
-
-
-def settled(figure: Callable[[], int], for_s: float = 0.5) -> Callable[[], bool]:
-    """A condition: `figure` has not changed for `for_s`."""
-    loop = asyncio.get_running_loop()
-    last: list[tuple[int, float]] = [(figure(), loop.time())]
-
-    def holds() -> bool:
-        now = figure()
-        if now != last[0][0]:
-            last[0] = now, loop.time()
-        return loop.time() - last[0][1] >= for_s
-
-    return holds
 
 
 async def test_neighbour_of_a_stalled_reader_never_leaves_the_tail() -> None:

@@ -40,7 +40,7 @@ SOAK = os.environ.get("TESTS_SOAK") == "1"
 STATE = {"Accept": "application/json"}
 
 # Longer than a busy machine ever keeps one process waiting: tests that are about a lease's end set a short one.
-LEASE_S = 60.0
+LEASE_S = 20.0
 
 
 @pytest.fixture(params=list(binaries()))

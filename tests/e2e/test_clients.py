@@ -42,9 +42,11 @@ RUN_S = 200.0  # ten times what it takes; for a machine that has other things to
 AT_ONCE = 1000
 APART_S = 0.008  # begun all at once, runs wait for each other, and begin to read when the thinking is over
 
-# Seeded, so that every run's answer is the same to the byte, but for the stream's id, whose length never changes. The
-# thinking is long enough for a heartbeat, also where the reading begins later; the pace sends the deltas one by one.
+# Seeded, so that every run's answer is the same to the byte, but for the stream's id, whose length never changes. While
+# it thinks, who was cut early comes back to a stream that runs; the pace sends the deltas one by one.
 BODY = prompt("[[tokens=2 thinking_s=3 ping_s=0 pace=50 seed=1]]", model="m")
+# For those that are cut in a heartbeat: long enough for one also where a busy machine begins the reading late.
+THOUGHTFUL = prompt("[[tokens=2 thinking_s=9 ping_s=0 pace=50 seed=1]]", model="m")
 HEAD_STEP = 1 if EVERYTHING else 24
 BODY_STEP = 1 if EVERYTHING else 4  # beside every byte of the opening, and of each place where clients differ
 HEARTBEAT_BYTES = len(": heartbeat\n")
@@ -228,17 +230,20 @@ def job(
     """What the scripts and the page are told."""
     types = sorted({kind for kind, _, _ in bench.answer.events} | {"message", "reconnect"})
     runs = [
-        {"run": run, "origin": line.origin, "headers": headers[run] if headers else {}}
+        {"run": run, "origin": line.origin, "body": body_of(line), "headers": headers[run] if headers else {}}
         for run, line in enumerate(lines)
     ]
     return {
         "server": bench.server.url,
-        "body": BODY,
         "types": types,
         "at_once": at_once,
         "apart_s": APART_S,
         "runs": runs,
     }
+
+
+def body_of(line: Line) -> dict[str, Any]:
+    return THOUGHTFUL if line.place is not None and line.place[0] == "heartbeat" else BODY
 
 
 def finished(lines: list[Line], outcomes: dict[int, dict[str, Any]], said: str) -> list[dict[str, Any]]:
@@ -321,7 +326,7 @@ async def test_httpx_sse_cut_at_every_byte_misses_nothing_and_ends(bench: Bench)
     async def read(index: int, line: Line) -> list[Event]:
         await asyncio.sleep(APART_S * index)
         async with turn, httpx.AsyncClient(verify=tls, trust_env=False, timeout=RUN_S) as client:
-            return await read_again_until_it_ends(client, f"{line.origin}/api/chat", key=str(line.port))
+            return await read_again_until_it_ends(client, line)
 
     async with asyncio.timeout(RUN_S):
         outcomes = await asyncio.gather(*(read(*run) for run in enumerate(lines)))
@@ -330,16 +335,18 @@ async def test_httpx_sse_cut_at_every_byte_misses_nothing_and_ends(bench: Bench)
     assert {line.requests for line in lines} == {2}
 
 
-async def read_again_until_it_ends(client: httpx.AsyncClient, url: str, *, key: str) -> list[Event]:
+async def read_again_until_it_ends(client: httpx.AsyncClient, line: Line) -> list[Event]:
     """The recipe for reconnection in the library's README."""
     events: list[Event] = []
     last_event_id = ""
     delay_s = 0.0
     while True:
         await asyncio.sleep(delay_s)
-        headers = {"Idempotency-Key": key} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
+        headers = {"Idempotency-Key": str(line.port)} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
         try:
-            async with aconnect_sse(client, "POST", url, json=BODY, headers=headers) as source:
+            async with aconnect_sse(
+                client, "POST", f"{line.origin}/api/chat", json=body_of(line), headers=headers
+            ) as source:
                 async for event in source.aiter_sse():
                     last_event_id = event.id
                     if event.retry is not None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from command import Command
     from playwright.async_api import Browser, Page
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 REQUIRED = os.environ.get("TESTS_REQUIRE", "").split(",")
 WAIT_MS = 60_000  # ten times what anything takes; for a machine that has other things to do

@@ -54,7 +54,9 @@ class Probed:
 
 
 def probe(address: tuple[str, int], parent: Connection) -> None:
-    """Says when it is connected, asks until it is told to stop or not answered any more, and sends a `Probed`.
+    """Says when it is connected, asks from when it is told to until it is told to stop or not answered any more.
+
+    Sends a `Probed` then.
 
     A process of its own: a client that reads a thousand streams would measure its own event loop.
     """
@@ -90,6 +92,7 @@ def probe(address: tuple[str, int], parent: Connection) -> None:
     with contextlib.ExitStack() as stack:
         ready, *posts = (stack.enter_context(socket.create_connection(address, 20)) for _ in range(150))
         parent.send("connected")
+        parent.recv()
         threads = [threading.Thread(target=ask_ready, args=(ready,)), threading.Thread(target=start, args=(posts,))]
         for thread in threads:
             thread.start()
@@ -109,13 +112,18 @@ def _status(sock: socket.socket, request: bytes) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def probing(address: tuple[str, int]) -> AsyncIterator[Callable[[], Awaitable[Probed]]]:
-    """A probe at work; what it is given ends it and tells what it saw."""
+async def probing(
+    address: tuple[str, int],
+) -> AsyncIterator[tuple[Callable[[], None], Callable[[], Awaitable[Probed]]]]:
+    """A probe that is connected; the one function begins, the other ends and tells what it saw."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=probe, args=(address, theirs), daemon=True)
     process.start()
     theirs.close()
+
+    def begin() -> None:
+        ours.send("begin")
 
     async def probed() -> Probed:
         ours.send("stop")
@@ -124,7 +132,7 @@ async def probing(address: tuple[str, int]) -> AsyncIterator[Callable[[], Awaita
 
     try:
         assert await asyncio.to_thread(ours.recv) == "connected"
-        yield probed
+        yield begin, probed
     finally:
         process.kill()
         await asyncio.to_thread(process.join)
@@ -138,7 +146,7 @@ async def ask(address: tuple[str, int], text: str) -> RawClient:
     return client
 
 
-@pytest.mark.timeout(3600 if SOAK else 180)
+@pytest.mark.timeout(3600 if SOAK else 300)
 async def test_signal_under_many_streams_tells_every_reader_and_is_gone_in_time() -> None:
     unready_ms: list[float] = []
     gone_s: list[float] = []
@@ -152,9 +160,10 @@ async def test_signal_under_many_streams_tells_every_reader_and_is_gone_in_time(
         f"{ROUNDS} x {STREAMS} streams: unready after {statistics.median(unready_ms):.1f} ms, at most "
         f"{max(unready_ms):.1f}; gone {max(gone_s) - DRAIN_S:.2f} s after the deadline at most"
     )
-    # 100 ms where nothing else is to be done; among other tests no more can be shown than that it does not wait.
-    assert max(unready_ms) < (100 if SOAK else 3000)
-    assert max(gone_s) < DRAIN_S + 2
+    # 100 ms and two seconds where nothing else is to be done; among other tests no more can be shown than that it waits
+    # neither for the deadline nor, after it, for the ten seconds that the web server would.
+    assert max(unready_ms) < (100 if SOAK else 1000 * DRAIN_S)
+    assert max(gone_s) < DRAIN_S + (2 if SOAK else 8)
 
 
 async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
@@ -172,6 +181,8 @@ async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
         readers: list[RawClient] = []
         reading: list[asyncio.Task[None]] = []
         session = await stack.enter_async_context(aiohttp.ClientSession())
+        # Before those are asked that end by themselves: it takes its time to start.
+        begin, probed = await stack.enter_async_context(probing(running.address))
         for at in range(0, len(texts), stalled):
             asked = await asyncio.gather(*(ask(running.address, text) for text in texts[at : at + stalled]))
             for client in asked:
@@ -182,13 +193,13 @@ async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
                         await asyncio.sleep(0.1)
                 continue
             readers += asked
-            reading += [asyncio.create_task(client.read_to_end(DRAIN_S + 20)) for client in asked]
-        async with probing(running.address) as probed:
-            signalled = time.monotonic()
-            os.kill(running.pid, 15)
-            assert await running.exit(DRAIN_S + 20) == 0
-            gone_s.append(time.monotonic() - signalled)
-            seen = await probed()
+            reading += [asyncio.create_task(client.read_to_end(DRAIN_S + 60)) for client in asked]
+        begin()
+        signalled = time.monotonic()
+        os.kill(running.pid, 15)
+        assert await running.exit(DRAIN_S + 60) == 0
+        gone_s.append(time.monotonic() - signalled)
+        seen = await probed()
         await asyncio.gather(*reading)
 
         assert seen.unready_at > signalled
@@ -215,7 +226,7 @@ async def _one_round(unready_ms: list[float], gone_s: list[float]) -> list[int]:
 
 async def test_progress_of_a_drain_is_in_the_log(client: aiohttp.ClientSession) -> None:
     async with (
-        served("--upstream", "simulator", "--drain-s", "30") as running,
+        served("--upstream", "simulator", "--drain-s", "300") as running,
         client.post(running.url + "/api/chat", json=prompt("[[tokens=50 pace=20]]")) as response,
     ):
         assert (await health(client, running))["activeStreams"] == 1
@@ -223,10 +234,10 @@ async def test_progress_of_a_drain_is_in_the_log(client: aiohttp.ClientSession) 
         assert '"reason":"complete"' in await response.text()
         assert await running.exit() == 0
         (stopping,) = running.logged("stopping")
-        assert (stopping["streams"], stopping["readers"], stopping["drain_s"]) == (1, 1, 30.0)
+        assert (stopping["streams"], stopping["readers"], stopping["drain_s"]) == (1, 1, 300.0)
         first, *_, last = running.logged("draining")
         assert (first["streams"], first["readers"]) == (1, 1)
-        assert last["left_s"] < first["left_s"] < 30
+        assert last["left_s"] < first["left_s"] < 300
 
 
 async def test_progress_of_a_drain_on_a_terminal_is_one_line_that_is_written_anew() -> None:
@@ -236,7 +247,7 @@ async def test_progress_of_a_drain_on_a_terminal_is_one_line_that_is_written_ane
     ours, theirs = pty.openpty()
     try:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "aisse", "serve", "--upstream", "simulator", "--port", "0", "--drain-s", "30"),
+            *(sys.executable, "-m", "aisse", "serve", "--upstream", "simulator", "--port", "0", "--drain-s", "300"),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=theirs,
@@ -263,6 +274,6 @@ async def test_progress_of_a_drain_on_a_terminal_is_one_line_that_is_written_ane
     finally:
         os.close(ours)
         os.close(theirs)
-    assert re.search(r"\r\x1b\[2Kdraining: [12] streams, [12] readers, 2\d s left\r\x1b\[2K", text)
+    assert re.search(r"\r\x1b\[2Kdraining: [12] streams, [12] readers, 2\d\d s left\r\x1b\[2K", text)
     # Whatever follows, a log line above all, stands at the beginning of a clean line.
     assert re.search(r"left(?!\r\x1b\[2K)", text) is None

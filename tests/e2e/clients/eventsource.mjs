@@ -5,7 +5,7 @@ await work(async (job, run) => {
   const asked = await fetch(job.server + "/api/chat", {
     method: "POST",
     headers: { "Content-Type": "application/json", Prefer: "respond-async" },
-    body: JSON.stringify(job.body),
+    body: JSON.stringify(run.body),
   });
   const { url } = await asked.json();
   const events = [];

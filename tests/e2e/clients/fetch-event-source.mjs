@@ -10,7 +10,7 @@ await work(async (job, run) => {
   await fetchEventSource(run.origin + "/api/chat", {
     method: "POST",
     headers: { "Content-Type": "application/json", ...run.headers },
-    body: JSON.stringify(job.body),
+    body: JSON.stringify(run.body),
     onmessage: (message) => events.push([message.event, message.data, message.id]),
   });
   return { events };

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 
-// A job comes on standard input: {server, body, types, at_once, apart_s, runs: [{run, origin, headers}]}. Each run's
-// outcome leaves as one line of JSON on standard output as soon as it is known.
+// A job comes on standard input: {server, types, at_once, apart_s, runs: [{run, origin, body, headers}]}. Each
+// run's outcome leaves as one line of JSON on standard output as soon as it is known.
 export async function work(read) {
   const chunks = [];
   for await (const chunk of process.stdin) chunks.push(chunk);
