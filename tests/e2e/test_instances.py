@@ -139,7 +139,8 @@ async def test_kill_of_the_producer_ends_its_streams_once_for_everybody(
     redis: Server, upstream: Command, client: aiohttp.ClientSession
 ) -> None:
     """Readers of the one that dies, of the other, and of both in turn; by the default lease."""
-    options = ("--retention-s", "2", "--log-level", "error")
+    # What was appended is looked at within the retention.
+    options = ("--retention-s", "8", "--log-level", "error")
     slowest = 0.0
     async with instance(upstream, redis, *options) as survivor:
         base = len(await redis.client().client_list())

@@ -250,23 +250,33 @@ async def test_first_token_and_each_after_it_pass_within_20_ms() -> None:
         async def run(via: Via) -> None:
             firsts: list[float] = []
             others: list[float] = []
-            for number in range(12):
-                text = f"{via} {number}"
-                async with await nginxes.connect(via) as client:
+            direct: list[float] = []
+
+            async def ask(client: Client, text: str) -> list[float]:
+                waits: list[float] = []
+                async with client:
                     await client.ask(prompt(text), {"accept-encoding": "gzip"})
                     for token in range(4):
                         # The next is said only when this one has come: nothing else can have pushed it out.
                         word = f"({text} {token})"
                         upstream.tokens[text].put_nowait(word)
                         await client.until(word.encode())
-                        (others if token else firsts).append(time.monotonic() - upstream.said[word])
+                        waits.append(time.monotonic() - upstream.said[word])
                     upstream.tokens[text].put_nowait(None)
                     assert ending(await client.to_end()) == "complete"
                     assert client.ended
-            # The faster quarter, so that what else the machine does counts for nothing: it takes less than 2 ms, and
-            # a buffer, or an acknowledgement that is waited for, delays every one.
-            assert quantiles(firsts)[0] <= FIRST_TOKEN_S, firsts
-            assert quantiles(others)[0] <= FIRST_TOKEN_S, others
+                return waits
+
+            for number in range(12):
+                first, *later = await ask(await nginxes.connect(via), f"{via} {number}")
+                firsts.append(first)
+                others += later
+                direct += await ask(await connect(aisse.address, "http1", context("http1")), f"{via} direct {number}")
+            # It takes less than 2 ms; a buffer, or an acknowledgement that is waited for, delays every one. What else
+            # the machine does counts for little in the faster quarter, and shows without nginx, too.
+            allowed_s = FIRST_TOKEN_S + 2 * quantiles(direct)[0]
+            assert quantiles(firsts)[0] <= allowed_s, (firsts, direct)
+            assert quantiles(others)[0] <= allowed_s, (others, direct)
 
         await nginxes.each(run, at_once=1)
 

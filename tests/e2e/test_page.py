@@ -48,13 +48,13 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 
 REQUIRED = os.environ.get("TESTS_REQUIRE", "").split(",")
 WAIT_MS = 60_000  # ten times what anything takes; for a machine that has other things to do
-OFFLINE_S = 1.0  # in which 25 events would come
+OFFLINE_S = 1.0  # in which 16 events would come
 RESET_EVERY_S = 0.5
 
 # Plain words, so that the page shows them as they are; each place has its own.
 WORDS = " ".join(f"{number} Wörter 漢字 слова 🙂" for number in range(44))
-LONG = f"[[pace=25 text='{WORDS}']]"
-"""Nine seconds of answer: time enough for all that happens to it, also where the machine has other things to do."""
+LONG = f"[[pace=16 text='{WORDS}']]"
+"""Fourteen seconds of answer: time enough for all that happens to it, also where the machine has other things to do."""
 
 
 def missing(reason: str, what: str) -> NoReturn:

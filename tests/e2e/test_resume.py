@@ -164,10 +164,10 @@ TEXT = " ".join(f"wörd{number}" for number in range(45)) + " \N{BRAIN}\u2028 en
 
 # It takes half a minute, and more where the machine has other things to do.
 @pytest.mark.timeout(600)
-# Every fifth byte in one split of the upstream's writes, in the others every thirteenth, unless there is time for all.
+# Every seventh byte in one split of the upstream's writes, in the others every 17th, unless there is time for all.
 @pytest.mark.parametrize(
     ("script", "step"),
-    [("split=1", 5), ("", 13), ("split=7", 13), ("line_end=crlf split=3", 13)],
+    [("split=1", 7), ("", 17), ("split=7", 17), ("line_end=crlf split=3", 17)],
     ids=["bytes", "whole writes", "sevens", "crlf, threes"],
 )
 async def test_reader_cut_after_any_byte_gets_the_answer_to_the_byte(
@@ -221,7 +221,7 @@ async def test_reader_of_a_finished_stream_cut_after_any_byte_gets_the_answer_to
                 length += len(data)
             path = response.location
         assert length >= ANSWER_BYTES
-        sizes = iter([*range(0, length, 1 if SOAK else 3), length])
+        sizes = iter([*range(0, length, 1 if SOAK else 7), length])
 
         async def cut() -> None:
             for size in sizes:
@@ -278,7 +278,7 @@ async def test_finished_streams_stay_within_the_memory_given_to_them(
     simulator: Simulator, client: aiohttp.ClientSession, record_property: Callable[[str, object], None]
 ) -> None:
     """Their logs fill `replay_bytes` to the brim; all that is kept beside them must fit into half as much again."""
-    streams, limit = (10_000, 32 << 20) if SOAK else (2_500, 8 << 20)
+    streams, limit = (10_000, 32 << 20) if SOAK else (1_500, 5 << 20)
     body = json.dumps(prompt("[[pace=0 tokens=16]]")).encode()
     async with served(
         *("--upstream", simulator.url, "--replay-bytes", str(limit), "--retention-s", "3600"),
