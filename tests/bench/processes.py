@@ -22,7 +22,7 @@ from measure import NODE_FOLDER
 
 FOLDER = Path(__file__).parent
 _PR_SET_PDEATHSIG = 1
-_START_S = 30.0
+_START_S = 60.0
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
 
@@ -178,7 +178,7 @@ def start_relay(
 
 def http_json(port: int, method: str, path: str) -> dict[str, Any]:
     """A small request to a loopback server; {} where the answer is no JSON object."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(method, path)
         value = json.loads(connection.getresponse().read())

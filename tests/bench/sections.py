@@ -15,7 +15,7 @@ _SAMPLE_S = 0.25
 _STILL_S = 1.0  # for so long without a byte, the upstream is no longer read
 _SPARE_SOCKETS = 2  # connections that come and go while a relay is asked for its health
 _WARM_UP_STREAMS = 20
-_END_S = 15.0  # for all streams to end once they are told to
+_END_S = 60.0  # for all streams to end once they are told to
 
 # A run is marked when one of these says that it measured something else than the relay at this load.
 _DELIVERED = 0.98  # of the tokens offered
@@ -85,7 +85,7 @@ QUICK = Scale(
     idle_pace=200.0,
     settle=0.4,
     heartbeat=1.0,
-    hold=2.6,
+    hold=4.0,
     stalled=10,
     healthy=4,
     baseline=0.5,

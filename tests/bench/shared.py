@@ -23,7 +23,7 @@ from redis import Redis
 from redis_server import binaries, free_port
 from sections import Bench, Paced, Target, open_streams, paced, words
 
-_START_S = 20.0
+_START_S = 60.0
 _RATE_ELSEWHERE = 20.0
 
 
