@@ -77,7 +77,8 @@ class Fleet:
         if shared:
             log = self.instances[instance].registry._shared
             assert log is not None
-            await log.known(path[-22:], 60)
+            logs = log._mirror._logs
+            await eventually(lambda: path[-22:] not in logs or logs[path[-22:]].known)
         return path
 
     async def read(self, instance: int, path: str, cursor: int | None = None) -> str:
