@@ -365,7 +365,7 @@ async def test_native_eventsource_as_in_the_readme_resumes_and_stops_by_itself(b
     (code,) = [code for code in re.findall(r"```js\n(.*?)```", readme.read_text(), re.DOTALL) if "EventSource" in code]
     assert len(code.splitlines()) <= 10
     async with (
-        served("simulate", "--tokens", "60", "--pace", "40") as llm,
+        served("simulate", "--tokens", "300", "--pace", "25") as llm,
         served("--upstream", llm.url) as aisse,
         BreakableProxy(aisse.address) as proxy,
         opened(browser, proxy.url + "/") as page,
@@ -381,10 +381,10 @@ async def test_native_eventsource_as_in_the_readme_resumes_and_stops_by_itself(b
         await until(page, "answer.textContent.length > 50")
         proxy.reset()
         await until(page, "source.readyState === EventSource.CONNECTING")
-        assert await page.evaluate("answer.textContent.length") < len(Script(tokens=60).answer())
+        assert await page.evaluate("answer.textContent.length") < len(Script(tokens=300).answer())
         # It is told that there is nothing more by the answer to one attempt after the end.
         await until(page, "source.readyState === EventSource.CLOSED")
-        assert await page.evaluate("answer.textContent") == Script(tokens=60).answer()
+        assert await page.evaluate("answer.textContent") == Script(tokens=300).answer()
         assert logged == ["complete"]
         assert (proxy.broken, proxy.streams) == (1, 2)
         assert await generations(llm) == 1
@@ -451,7 +451,7 @@ async def native_eventsource_is_used(page: Page, proxy: BreakableProxy) -> None:
     readme = Path(__file__).parents[2] / "README.md"
     (code,) = [code for code in re.findall(r"```js\n(.*?)```", readme.read_text(), re.DOTALL) if "EventSource" in code]
     assert code.count('"/api/chat"') == 1
-    code = code.replace('"/api/chat"', '"/llm/api/chat"').replace("Why is the sky blue?", "[[tokens=60 pace=40]]")
+    code = code.replace('"/api/chat"', '"/llm/api/chat"').replace("Why is the sky blue?", "[[tokens=300 pace=25]]")
     run = (
         "async () => { const answer = window.answer = document.createElement('p'); window.reason = '';"
         + code
@@ -463,7 +463,7 @@ async def native_eventsource_is_used(page: Page, proxy: BreakableProxy) -> None:
     proxy.reset()
     await until(page, "source.readyState === EventSource.CONNECTING")
     await until(page, "source.readyState === EventSource.CLOSED")
-    assert await page.evaluate("[answer.textContent, reason]") == [answer("[[tokens=60]]"), "complete"]
+    assert await page.evaluate("[answer.textContent, reason]") == [answer("[[tokens=300]]"), "complete"]
     assert (proxy.broken, proxy.streams) == (1, 2)
     await page.evaluate(run)
     await until(page, "answer.textContent.length > 50")
