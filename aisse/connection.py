@@ -7,7 +7,6 @@ body nothing of what has broken it.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -30,20 +29,25 @@ _log = structlog.get_logger("aisse.connection")
 
 
 class Refusals:
-    """Counts the requests that are none, and logs their number: the first at once, later ones once a minute."""
+    """Logs the number of requests that are none: the first at once, those that follow a minute later in one line."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._told = 0
-        self._tell_at = 0.0
+        self._untold = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self) -> None:
         """One more."""
-        self.count += 1
-        if (now := time.monotonic()) >= self._tell_at:
-            _log.info("requests refused that are no HTTP", requests=self.count - self._told)
-            self._told = self.count
-            self._tell_at = now + _TELL_S
+        self._untold += 1
+        if self._timer is None:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._timer = None
+        if self._untold:
+            _log.info("requests refused that are no HTTP", requests=self._untold)
+            self._untold = 0
+            # By a timer, and not when the next one comes: after a flood none may.
+            self._timer = asyncio.get_running_loop().call_later(_TELL_S, self._tell)
 
 
 class Connection(web.RequestHandler):

@@ -106,15 +106,18 @@ async def test_requests_that_are_none_cannot_fill_the_log(server: Server, caplog
     assert CANARY not in caplog.text + repr(lines)
 
 
-def test_refusals_are_told_with_their_number_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr("aisse.connection.time.monotonic", lambda: now)
+async def test_refusals_are_told_once_in_a_while_also_where_no_other_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aisse.connection._TELL_S", 0.01)
     refusals = Refusals()
     with capture_logs() as lines:
-        for now in (1000.0, 1001.0, 1059.9, 1060.0, 1061.0, 2000.0):  # noqa: B007 - read by the clock above
+        for _ in range(4):
             refusals.add()
-    assert [line["requests"] for line in lines] == [1, 3, 2]
-    assert refusals.count == 6
+        assert [line["requests"] for line in lines] == [1]
+        await eventually(lambda: len(lines) == 2)
+        for _ in range(3):
+            refusals.add()
+        await eventually(lambda: sum(line["requests"] for line in lines) == 7)
+    assert lines[1]["requests"] == 3
 
 
 async def test_error_of_the_application_is_still_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
