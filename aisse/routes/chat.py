@@ -71,7 +71,8 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
 
     async def get(request: web.Request) -> web.StreamResponse:
         stream_id = stream_in(request)
-        wants_state = _wants_state(request.headers.get(hdrs.ACCEPT, ""))
+        # RFC 9110, section 5.3: several fields of one name are one list.
+        wants_state = _wants_state(",".join(request.headers.getall(hdrs.ACCEPT, [])))
         if registry.draining and registry.hands_over and not wants_state:
             return await elsewhere(request, settings, drain)
         try:

@@ -216,6 +216,15 @@ async def test_accept_prefers_by_weight_then_by_what_is_named_closer(
     assert answer.headers["Content-Type"].partition(";")[0] == expected
 
 
+async def test_accept_in_several_fields_is_read_as_one(server: Server) -> None:
+    path, _ = await finished(server)
+    async with connected(server.address) as connection:
+        fields = b"Host: localhost\r\nAccept: text/html\r\nAccept: application/json\r\n\r\n"
+        await connection.send(b"GET %b HTTP/1.1\r\n%b" % (path.encode(), fields))
+        answer = await connection.answer("GET")
+    assert answer.headers["Content-Type"].partition(";")[0] == "application/json"
+
+
 async def test_state_is_told_whatever_cursor_came_with_the_question(server: Server) -> None:
     path, written = await finished(server)
     answer = await ask(server, "GET", path, Accept="application/json", Last_Event_ID=written.frames[-1].id)
