@@ -110,6 +110,10 @@ def _print(text: str) -> None:
         if sys.stdout is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         print(text, flush=True)
+    except UnicodeEncodeError as error:
+        # What is printed may be a file that others read: no character is put in place of another.
+        _note(f"standard output: {error.encoding} lacks a character; set PYTHONIOENCODING=utf-8")
+        sys.exit(EX_IOERR)
     except OSError as error:
         _into_nowhere(_STDOUT)
         if isinstance(error, BrokenPipeError):

@@ -291,6 +291,16 @@ async def test_command_that_cannot_print_says_so_in_one_line(arguments: list[str
     assert "Exception ignored" not in err
 
 
+async def test_command_that_cannot_print_in_its_encoding_says_so_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "é.toml"
+    file.write_text('model = "other"')
+    line = ("-m", "aisse", "config", "--config", str(file))
+    async with started(*line, environ={"PYTHONIOENCODING": "ascii"}) as process:
+        code, out, err = await outcome(process)
+    assert (code, out) == (74, "")
+    assert err == "aisse: standard output: ascii lacks a character; set PYTHONIOENCODING=utf-8\n"
+
+
 @pytest.mark.parametrize("arguments", [["config"], ["unit"], ["serve", "--help"]])
 async def test_command_whose_reader_has_left_says_nothing(arguments: list[str]) -> None:
     reading, writing = os.pipe()
