@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
 import re
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conftest import Server, eventually, prompt, serving
@@ -17,9 +19,12 @@ from raw import Connection, connected, request
 from aisse.errors import RequestError
 from aisse.routes import intake
 from aisse.routes.intake import MAX_BACKSLASHES, MAX_NAME_BYTES, MAX_OUTSIDE_BYTES, MAX_VALUES, STEP_BYTES, Look
+from aisse.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
+
+    from aiohttp import web
 
     from aisse.simulator import Simulator
 
@@ -173,6 +178,27 @@ def announced(size: int, **headers: str) -> bytes:
 
 async def used(server: Server, size: int) -> None:
     await eventually(lambda: server.registry.bodies.used == size)
+
+
+async def test_others_run_between_pieces_that_have_come_already() -> None:
+    class Content:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            for _ in range(10):
+                yield b"x"
+
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    request = SimpleNamespace(content_type="application/json", headers={}, content_length=None, content=Content())
+    task = asyncio.create_task(other())
+    await intake.read_away(cast("web.Request", request), Settings())
+    task.cancel()
+    assert turns == 9
 
 
 async def test_body_is_counted_as_it_comes_and_not_as_it_is_announced(server: Server) -> None:
