@@ -124,7 +124,10 @@ def _said_as_text(text: str) -> Said:
     # A page, or no text at all: what the status says is more.
     if text.startswith("<") or not line.replace("\t", " ").isprintable() or "\ufffd" in line:
         return Said()
-    return Said(line[:_LINE_CHARS])
+    if len(line) > _LINE_CHARS:
+        # Between two words: half of a key would not be told for what it is.
+        line = line[:_LINE_CHARS].rpartition(" ")[0]
+    return Said(line)
 
 
 def _unescaped(spelt: str) -> str:

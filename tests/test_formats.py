@@ -286,7 +286,7 @@ def test_error_of_any_shape_in_the_field_is_understood(
         (b"upstream connect error\nreset reason: overflow", "upstream connect error"),
         (b"  no healthy upstream\r\n", "no healthy upstream"),
         (b"\xef\xbb\xbfa", "a"),
-        (b"x" * 201, "x" * 200),
+        (b"x " * 101, ("x " * 100).strip()),
         # cut where it was too long or too slow
         (
             b'{"detail":[{"type":"missing","loc":["body"],"msg":"Field \\"a\\" required","input":{"x":"',
@@ -295,6 +295,10 @@ def test_error_of_any_shape_in_the_field_is_understood(
         (b'{"error":{"type":"a","message":"b"}', "b"),
         (b'{"error":{"type":"a","message":"b', ""),
         (b'{"input":"message: x', ""),
+        # cut between words, for the last one may be a key
+        (b"x " * 95 + b"y" * 30, ("x " * 95).strip()),
+        (b"y" * 201, ""),
+        (b"y" * 200, "y" * 200),
         # no words at all
         (b"", ""),
         (b"{}", ""),
