@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What keys look like, whoever's they are, and names of accounts: an upstream's message may quote one.
 _KEY_LIKE = re.compile(
     r"(?i)\b(?:sk|pk|key|ezai|bearer|api[_-]?key)[-_ :=]+[A-Za-z0-9._~+/-]{8,}=*"
-    r"|\b(?:org|proj|acct)[-_][A-Za-z0-9]{8,}|[A-Za-z0-9_-]{40,}"
+    r"|\b(?:org|proj|acct)[-_][A-Za-z0-9]{8,}|\b(?:AIza|AKIA|hf_|gh[a-z]_|gsk_|xai-)[A-Za-z0-9_-]{8,}|[A-Za-z0-9_-]{40,}"
 )
 
 # RFC 9110, section 10.2.3: seconds, or a date. Nothing else gets through to clients. Some servers send fractions.

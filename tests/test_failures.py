@@ -311,7 +311,17 @@ def test_nothing_that_an_upstream_says_gets_into_the_log_or_out_of_bounds(status
 
 
 @pytest.mark.parametrize(
-    "text", [KEY, f"a {KEY}{KEY} b", "in organization org-a1b2c3d4e5 on", "Bearer abcdefgh12345678", "x" * 40]
+    "text",
+    [
+        KEY,
+        f"a {KEY}{KEY} b",
+        "in organization org-a1b2c3d4e5 on",
+        "Bearer abcdefgh12345678",
+        "x" * 40,
+        "of AIzaSyA-" + "b1" * 15 + "b",
+        "hf_" + "aB" * 17,
+        "AKIA" + "A1" * 8,
+    ],
 )
 def test_words_lose_what_looks_like_a_key(text: str) -> None:
     assert "[removed]" in cleaned(text, KEY)
