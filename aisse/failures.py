@@ -111,6 +111,9 @@ _ABOUT_KEY = re.compile(
     r"(?i)(?:invalid|incorrect|missing|expired) (?:x-)?api[ -]?key|api key (?:is )?(?:not valid|expired)"
 )
 
+# What frameworks say by themselves of a path that they do not have: the address is wrong, and not the model.
+_NOTHING_NAMED = re.compile(r"(?i)(?:(?:404[ :]*)?(?:page |route |path |resource )?not found[.!]?|cannot post /.*)?")
+
 # Nobody but the operator can mend these: the address, the method, what it accepts and the headers are ours.
 _OURS_TO_MEND = frozenset({405, 406, 407, 411, 415, 417, 421, 426, 431})
 
@@ -125,7 +128,7 @@ def refusal(status: int, headers: Mapping[str, str], payload: bytes, key: str | 
     error = _error(status, said, key)
     if error.status in {429, 503}:
         error.retry_after = retry_after(headers)
-    if status == 404 and not said.message:
+    if status == 404 and _NOTHING_NAMED.fullmatch(said.message):
         error.cause = "answered 404 without saying of what; its URL may be wrong"
     return error
 

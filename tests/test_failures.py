@@ -156,6 +156,11 @@ def test_success_that_says_no_error_is_no_stream(payload: bytes) -> None:
 def test_answer_404_that_names_nothing_is_told_to_the_operator_too() -> None:
     """A wrong base URL looks like this."""
     assert refusal(404, {}, b"<html>not here</html>", None).cause is not None
+    for said in ("Not Found", "404 page not found\n", "Cannot POST /v1/v1/messages", error_json("Not found")):
+        payload = said if isinstance(said, bytes) else said.encode()
+        assert refusal(404, {}, payload, None).cause is not None
+        assert refusal(404, {}, json.dumps({"detail": payload.decode()}).encode(), None).cause is not None
+    assert refusal(404, {}, b"model llama9 not found", None).cause is None
     assert refusal(404, {}, error_json("model: x"), None).cause is None
 
 
