@@ -147,7 +147,11 @@ class Asking:
             raise _named(error, "") from None
         except msgspec.DecodeError as error:
             # Where it broke, as a position in bytes; nothing is quoted.
-            raise _invalid("body", f"Invalid JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
+            said = str(error).removeprefix("JSON is malformed: ")
+            if said == "Input data was truncated":
+                # It says so of half an emoji, too, which JavaScript makes where it cuts a text.
+                said = "it ends too soon, or has half of a surrogate pair, such as \\ud83d alone"
+            raise _invalid("body", f"Invalid JSON: {said}") from None
         except RecursionError:
             raise _invalid("body", "Invalid JSON: it is nested too deeply") from None
         return {

@@ -247,3 +247,8 @@ def test_error_quotes_no_content() -> None:
         with pytest.raises(RequestError) as refused:
             sent(f"{{{body}}}".encode())
         assert secret not in str(refused.value)
+
+
+def test_half_of_a_surrogate_pair_is_named_where_the_parser_speaks_of_an_early_end() -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        sent(b'{"messages":[{"role":"user","content":"\\ud83d"}]}')
