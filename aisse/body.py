@@ -296,6 +296,7 @@ class Body(asyncio.Protocol):
         """The body is whole: aiohttp takes its connection back into the pool, or closes it over what follows."""
         self._transport.set_protocol(self._protocol)
         self._protocol.data_received(_LAST_CHUNK + rest)
+        self._cut_if_unsent()
         self._end(whole=True)
 
     def _break(self, pieces: list[bytes]) -> None:
@@ -315,6 +316,11 @@ class Body(asyncio.Protocol):
         else:
             self._early.append(data)
 
+    def _cut_if_unsent(self) -> None:
+        """An upstream that answers without reading its question may never read it, and to close waits for that."""
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+
     def _end(self, *, whole: bool = False) -> None:
         if self.ended:
             return
@@ -323,5 +329,6 @@ class Body(asyncio.Protocol):
         # By now the connection may be another response's, with a Body of its own.
         if self._transport.get_protocol() is self:
             self._transport.set_protocol(self._protocol)
+            self._cut_if_unsent()
         if self._on_end is not None:
             self._on_end()

@@ -66,6 +66,7 @@ class Transport:
         self.protocol: object = None
         self.aborted = self.closing = False
         self.reading = True
+        self.unsent = 0
         self.calls: list[str] = []
 
     def set_protocol(self, protocol: object) -> None:
@@ -79,6 +80,9 @@ class Transport:
 
     def is_closing(self) -> bool:
         return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
     def pause_reading(self) -> None:
         self.calls.append("pause")
@@ -395,6 +399,17 @@ def test_loss_after_the_end_is_told_to_aiohttp_only() -> None:
         assert (fed.ends, fed.protocol.lost) == (1, [None])
         fed.body.connection_lost(None)
         assert fed.ends == 1
+
+
+@pytest.mark.parametrize("unsent", [0, 1])
+def test_connection_on_which_a_question_is_left_unread_is_cut_at_the_end(unsent: int) -> None:
+    """To close it would wait for an upstream that has answered, and need not ever read the rest."""
+    fed = Fed()
+    fed.transport.unsent = unsent
+    fed.feed(HEAD, WIRE[:-1])
+    assert not fed.transport.aborted
+    fed.feed(WIRE[-1:])
+    assert fed.transport.aborted is (unsent > 0)
 
 
 # --- real sockets -----------------------------------------------------------------------------------------------------
