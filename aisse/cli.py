@@ -295,11 +295,14 @@ def _stop_on_signals(writer: LogWriter | None = None) -> asyncio.Event:
     stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
-        if stop.is_set() and number != signal.SIGHUP:
+        if stop.is_set():
             if writer is not None:
                 writer.close(_LAST_LINES_AT_ONCE_S)
             os._exit(128 + number)
         stop.set()
+        # To the end of the process: a loop that closes would have SIGHUP end it in its last milliseconds.
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

@@ -75,6 +75,15 @@ class Connection(web.RequestHandler):
             # One answer, to the request whose body it is, and then no other.
             self.close()
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Sends a response; in place of aiohttp's to an `Expect` that it does not know, which quotes that, ours."""
+        if isinstance(resp, web.HTTPExpectationFailed):
+            error = error_body("invalid_request_error", "nothing but 100-continue may be expected", "Expect")
+            resp = web.json_response(error, status=resp.status)
+        return await super().finish_response(request, resp, start_time)
+
     def handle_error(
         self,
         request: web.BaseRequest,

@@ -121,6 +121,9 @@ _OURS_TO_MEND = frozenset({405, 406, 407, 411, 415, 417, 421, 426, 431})
 # Cloudflare's timeouts, 408 says that our request did not arrive in time.
 _OUR_STATUS = {408: 504, 503: 503, 504: 504, 522: 504, 524: 504, 529: 503}
 
+# Some proxies say a client's mistake under 500. As a 5xx of ours clients would repeat it.
+_CLIENTS_TO_MEND = frozenset({"invalid_request_error", "not_found_error", "request_too_large"})
+
 
 def refusal(status: int, headers: Mapping[str, str], payload: bytes, key: str | None) -> UpstreamError:
     """The error that an upstream's answer is, by its status and what its body says, as far as that was read."""
@@ -170,6 +173,8 @@ def _error(status: int, said: Said, key: str | None) -> UpstreamError:
         message = "the upstream redirects; set its final address"
         return UpstreamError("api_error", message, upstream_status=status, cause="redirects; set its final address")
     ours = _OUR_STATUS.get(status, 502 if status in _OURS_TO_MEND or not 400 <= status < 500 else status)
+    if status >= 500 and ours == 502 and kind in _CLIENTS_TO_MEND:
+        ours = _STATUS_OF_KIND[kind]
     if kind is None or ours == 504 or status in _OURS_TO_MEND:
         # None of an upstream's own words: it goes into the log.
         kind = _kind_of_status(status, ours)

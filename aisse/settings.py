@@ -119,7 +119,7 @@ class Settings(BaseModel):
     stream_bytes: LargeBytes = _field(ByteSize(16 << 20), "longest stream; past it a stream ends as `limit`")
     replay_bytes: LargeBytes = _field(ByteSize(512 << 20), "memory for the replay of all streams")
 
-    body_s: PositiveSeconds = _field(30, "time for a request's body to arrive")
+    body_s: PositiveSeconds = _field(30, "time for a request's body to arrive; a second more for each 64 KiB of it")
     keep_alive_s: PositiveSeconds = _field(75, "idle connections and slow request headers are closed after this")
     heartbeat_s: PositiveSeconds = _field(15, "a comment is written after so much silence")
     first_byte_commit_s: Seconds = _field(5, "answer 200 after this even if the upstream has sent nothing")

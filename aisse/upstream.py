@@ -331,12 +331,18 @@ class Upstream:
 
     async def _refusal(self, response: UpstreamResponse) -> UpstreamError | None:
         """Why a response is no stream to relay; None if it is one."""
-        if response.status != 200:
-            return refusal(response.status, response.headers, await _error_body(response), self._key)
-        if response.content_type != "text/event-stream":
-            return said_in_success(response.headers, await _error_body(response), self._key)
-        if (coding := _coding(response)) != "identity":
-            known = coding if coding in _CODINGS else "a coding that is not known here"
+        coding = _coding(response)
+        known = coding if coding in _CODINGS else "a coding that is not known here"
+        if response.status != 200 or response.content_type != "text/event-stream":
+            payload = await _error_body(response)
+            if response.status != 200:
+                error = refusal(response.status, response.headers, payload, self._key)
+            else:
+                error = said_in_success(response.headers, payload, self._key)
+            if coding != "identity" and not payload:
+                error.cause = f"compresses what it says ({known}) though asked not to, so that it cannot be read"
+            return error
+        if coding != "identity":
             return UpstreamError(
                 "api_error",
                 "the upstream compresses its stream, which it was asked not to do",

@@ -94,6 +94,13 @@ async def test_what_is_no_request_is_refused_in_our_shape(server: Server, sent: 
         assert await connection.rest() == b""
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/nowhere"])
+async def test_expectation_that_is_not_known_is_refused_in_our_shape(server: Server, path: str) -> None:
+    async with connected(server.address) as connection:
+        await connection.send(request("GET", path, headers={"Expect": CANARY}))
+        is_refusal(await connection.answer(), 417)
+
+
 async def test_requests_that_are_none_cannot_fill_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with capture_logs() as lines, caplog.at_level(logging.DEBUG):
         for _ in range(50):

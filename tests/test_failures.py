@@ -91,6 +91,16 @@ def test_what_concerns_the_account_is_told_to_the_operator_and_not_to_strangers(
 
 
 @pytest.mark.parametrize(
+    ("kind", "ours"), [("invalid_request_error", 400), ("NotFoundError", 404), ("request_too_large", 413)]
+)
+def test_mistake_of_a_client_that_is_said_under_500_is_a_4xx(kind: str, ours: int) -> None:
+    """Clients would ask the same ten times more."""
+    error = refusal(500, {}, json.dumps({"error": {"type": kind, "message": "what is wrong"}}).encode(), KEY)
+    assert (error.status, error.upstream_status, error.message) == (ours, 500, "what is wrong")
+    assert refusal(500, {}, json.dumps({"error": {"type": "server_error", "message": "m"}}).encode(), KEY).status == 502
+
+
+@pytest.mark.parametrize(
     "message",
     [
         "tools.0.name: 'billing' must match pattern",

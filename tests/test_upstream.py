@@ -1209,9 +1209,14 @@ async def test_compressed_error_is_read_where_that_is_possible(client: aiohttp.C
         connection.send(head("400 No", "application/json", fields, framing=str(len(packed))), packed)
 
     async with raw_upstream(refuse) as upstream, serving(upstream.url) as server:
-        status, _, body = await ask(client, server)
+        with capture_logs() as lines:
+            status, _, body = await ask(client, server)
+            await eventually(lambda: any(line["event"] == "stream ended" for line in lines))
     said = "the upstream answered with status 400" if coding == "br" else "what is wrong"
     assert (status, json.loads(body)["error"]["message"]) == (400, said)
+    [line] = [line for line in lines if line["event"] == "stream ended"]
+    cause = "compresses what it says (br) though asked not to, so that it cannot be read" if coding == "br" else None
+    assert line["upstream_error"] == cause
 
 
 async def test_compressed_error_that_unpacks_to_much_is_not_unpacked(client: aiohttp.ClientSession) -> None:

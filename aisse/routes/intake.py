@@ -30,6 +30,9 @@ STEP_BYTES = 64 << 10
 # not count: those beyond three steps always.
 MAX_NAME_BYTES = 32 << 10
 
+# A body has `body_s`, and a second more for each 64 KiB that have come: 32 MiB from a phone take minutes.
+_EXTENDING_BYTES = 64 << 10
+
 _WHITESPACE = b" \t\r\n"
 
 
@@ -85,18 +88,23 @@ async def _receive(request: web.Request, settings: Settings, take: Callable[[byt
         raise too_large
     size = 0
     try:
-        async with asyncio.timeout(settings.body_s):
+        async with asyncio.timeout(settings.body_s) as limit:
+            first_deadline = limit.when() or 0.0
             # Not by request.read(), which keeps the body for as long as the connection lives.
             async for piece in request.content.iter_any():
                 if size:
                     # What has come already is given out without a pause: of chunks of one byte for 30 ms.
                     await asyncio.sleep(0)
+                more_s = (size + len(piece)) // _EXTENDING_BYTES
+                if more_s > size // _EXTENDING_BYTES:
+                    limit.reschedule(first_deadline + more_s)
                 size += len(piece)
                 if size > settings.max_body_bytes:
                     raise too_large
                 await take(piece)
     except TimeoutError:
-        raise RequestError(408, "timeout_error", f"did not arrive within {settings.body_s:g} seconds", "body") from None
+        late = f"did not arrive within {settings.body_s:g} seconds, and one more for each 64 KiB of it"
+        raise RequestError(408, "timeout_error", late, "body") from None
     except web.RequestPayloadError:
         raise RequestError(400, "invalid_request_error", "broke off or was malformed", "body") from None
 

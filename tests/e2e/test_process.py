@@ -384,6 +384,9 @@ async def test_sighup_ends_as_sigterm_does_and_comes_twice_where_a_terminal_clos
             text = await response.text()
         assert ending(text) == "complete"
         assert "event: reconnect\n" in text
+        while running.process.returncode is None:  # also in its last moments
+            running.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.001)
         assert await running.exit() == 0
         assert running.log()[-1]["event"] == "stopped"
 

@@ -376,6 +376,16 @@ async def test_body_that_trickles_is_refused_after_body_s(simulator: Simulator) 
         untouched(server, simulator)
 
 
+async def test_body_has_a_second_more_for_each_64_kib_that_have_come(simulator: Simulator) -> None:
+    """Photos from a phone: what moves is not cut off."""
+    async with serving(simulator.url, body_s=2) as server, connected(server.address) as connection:
+        data = body_of(200 << 10)
+        await connection.send(request("POST", "/api/chat", data)[: -(10 << 10)])
+        await asyncio.sleep(2.2)
+        await connection.send(data[-(10 << 10) :])
+        assert (await connection.answer()).status == 200
+
+
 async def test_body_within_body_s_is_taken_however_it_is_cut(simulator: Simulator) -> None:
     async with serving(simulator.url) as server, connected(server.address) as connection:
         for byte in request("POST", "/api/chat", body_of(200)):
