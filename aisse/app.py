@@ -61,11 +61,13 @@ def create_app(
     started = time.monotonic()
 
     async def parts(_app: web.Application) -> AsyncIterator[None]:
-        await registry.start()
-        await upstream.start()
-        yield
-        await registry.close()
-        await upstream.close()
+        async with contextlib.AsyncExitStack() as stack:
+            # Before each start: one that fails half way leaves nothing open either. The registry is closed first.
+            stack.push_async_callback(upstream.close)
+            await upstream.start()
+            stack.push_async_callback(registry.close)
+            await registry.start()
+            yield
 
     async def shutdown(_app: web.Application) -> None:
         await drain.run()

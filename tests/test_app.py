@@ -23,6 +23,7 @@ from aisse import app as app_module
 from aisse import log
 from aisse.app import REGISTRY, create_app, runner_arguments, serve
 from aisse.errors import ConfigError, RequestError, UpstreamError
+from aisse.registry import Registry
 from aisse.settings import Settings
 from aisse.upstream import Upstream
 
@@ -308,6 +309,28 @@ async def test_application_can_be_started_and_stopped_without_a_request(simulato
     tasks = asyncio.all_tasks()
     async with TestServer(application(simulator.url)):
         assert asyncio.all_tasks() > tasks
+    assert asyncio.all_tasks() <= tasks
+
+
+@pytest.mark.parametrize("part", [Registry, Upstream])
+async def test_start_that_fails_half_way_leaves_no_part_open(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, part: type[Registry | Upstream]
+) -> None:
+    """Whichever part it is that fails, at its end."""
+    settings = Settings.model_validate({"upstream": simulator.url})
+    upstream = Upstream(simulator.url, settings)
+    start = part.start
+
+    async def fail(self: Registry | Upstream) -> None:
+        await start(self)  # type: ignore[arg-type]
+        raise ConfigError("no")
+
+    monkeypatch.setattr(part, "start", fail)
+    tasks = asyncio.all_tasks()
+    runner = web.AppRunner(create_app(settings, upstream), **runner_arguments(settings))
+    with pytest.raises(ConfigError):
+        await runner.setup()
+    assert upstream._session is None
     assert asyncio.all_tasks() <= tasks
 
 
