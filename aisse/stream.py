@@ -194,6 +194,7 @@ class Stream:
         self.reason: Reason | None = None
         self.error: StreamError | None = None
         self.usage: dict[str, int] = {"input_tokens": 0, "output_tokens": 0}
+        """Tokens as the upstream has reported them so far."""
         self.created = now
         self.created_at = time.time()
         self.ended: float | None = None
@@ -316,10 +317,6 @@ class Stream:
         self._open_gate()
         self._leave_tail(tuple(self._caught_up), self.log.tail)
         self._on_end(self)
-
-    def usage_so_far(self) -> dict[str, int]:
-        """Tokens as the upstream has reported them."""
-        return self.usage
 
     # --- the readers' side ------------------------------------------------------------------------------------
 

@@ -21,13 +21,18 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from conftest import Server, eventually, prompt, serving
+from hypothesis import given
+from hypothesis import strategies as st
 from rawclient import RawClient, parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, delta, head, message_start, raw_upstream
 from redis_server import Server as Redis
 from redis_server import binaries, redis_server, required
 
 from aisse.errors import UnknownStreamError
+from aisse.formats import AnthropicFormat
 from aisse.replay import scripts
+from aisse.replay.memory import MemoryLog, ReplayMemory
+from aisse.shared import FollowedStream
 from aisse.simulator import Script, Simulator
 
 if TYPE_CHECKING:
@@ -1029,3 +1034,43 @@ async def test_instance_closes_also_where_a_cancellation_is_swallowed(
             monkeypatch.setattr(shared._mirror, "_renew_all", swallow)
             await f.ask(0, "[[tokens=500 pace=50]]")
             await asyncio.sleep(0.5)
+
+
+class UnreadLog(MemoryLog):
+    """Nobody reads what was appended."""
+
+    def read(self, position: int, limit: int = 0) -> bytes:
+        raise AssertionError
+
+
+USAGES = st.fixed_dictionaries(
+    {}, optional={"input_tokens": st.integers(0, 9999) | st.just(None), "output_tokens": st.integers(0, 9999)}
+)
+EVENTS = st.one_of(
+    USAGES.map(lambda usage: ("message_start", {"type": "message_start", "message": {"usage": usage}})),
+    USAGES.map(lambda usage: ("message_delta", {"type": "message_delta", "usage": usage})),
+    USAGES.map(lambda usage: ("", {"type": "message_delta", "usage": usage})),
+    st.sampled_from(["word", '"usage":{"output_tokens":5}']).map(
+        lambda text: ("content_block_delta", {"type": "content_block_delta", "delta": {"text": text}})
+    ),
+)
+
+
+@given(batches=st.lists(st.lists(EVENTS, min_size=1, max_size=5), max_size=8))
+def test_usage_of_a_followed_stream_is_known_as_its_events_come(batches: list[list[tuple[str, Any]]]) -> None:
+    stream_id = "A" * 22
+    log = UnreadLog(stream_id, ReplayMemory(1 << 20))
+    stream = FollowedStream(stream_id, log, now=0.0, created_at=0.0, on_end=lambda _stream: None)
+    usage = {"input_tokens": 0, "output_tokens": 0}
+    format_, seq = AnthropicFormat(usage), 0
+    for batch in batches:
+        text = b""
+        for event_type, data in batch:
+            seq += 1
+            lines = (f"event: {event_type}\n" if event_type else "") + f"data: {json.dumps(data)}"
+            format_.observe(event_type.encode(), lines.encode())
+            text += f"{lines}\nid: {stream_id}.{seq}\n\n".encode()
+        stream.publish(text, seq)
+        assert stream.usage == usage
+    burial, _ = stream.burial()
+    assert json.loads(parse(burial).frames[-1].data)["usage"] == usage

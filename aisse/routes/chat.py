@@ -198,7 +198,7 @@ def state_of(stream: Stream) -> dict[str, object]:
         "reason": stream.reason,
         "events": stream.events,
         "last_event_id": f"{stream.id}.{stream.log.last_seq}",
-        "usage": stream.usage_so_far(),
+        "usage": stream.usage,
         "created": _time(stream.created_at),
         "ended": _time(stream.ended_at) if stream.ended_at is not None else None,
     }
