@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -70,7 +71,9 @@ class Registry:
         self.bodies = Bodies(settings.bodies_bytes)
         """The memory of questions whose answers have not begun."""
         self._shared = open_shared(settings, self._memory) if open_shared is not None else None
-        self._claiming = asyncio.Lock()
+        # One a key, for as long as somebody waits.
+        self._claiming: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        self._closing = asyncio.Lock()
         self._running: dict[str, Stream] = {}
         self._finished: OrderedDict[str, Stream] = OrderedDict()  # oldest end first
         self._keys: dict[Key, tuple[Stream, bytes]] = {}
@@ -111,7 +114,10 @@ class Registry:
         return True
 
     async def close(self) -> None:
-        """Ends every stream as `shutdown`, cancels and awaits every task. Idempotent."""
+        """Ends every stream as `shutdown`, cancels and awaits every task. Idempotent: whoever calls again waits for it.
+
+        What the shared log has not got by then is said in the log, once.
+        """
         self.draining = True
         for stream in list(self._running.values()):
             self.end(stream, Reason.SHUTDOWN)
@@ -123,15 +129,20 @@ class Registry:
             tasks.append(self._sweeper)
             self._sweeper = None
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._shared is not None:
+        async with self._closing:
+            if (shared := self._shared) is None:
+                return
             # One that is in trouble is not waited for: the process is to be gone in time.
-            if not await self.settled(_SHARED_S if self._shared.trouble is None else 0.0):
-                _log.warning("the shared log has not got everything", streams=self._shared.behind)
-            await self._shared.close()
+            if shared.runs and not await shared.settled(_SHARED_S if shared.trouble is None else 0.0):
+                _log.warning("the shared log has not got everything", streams=shared.behind)
+            await shared.close()
 
     async def settled(self, within_s: float) -> bool:
-        """Whether the shared log, if there is one, has got everything, now or `within_s`. One caller at a time."""
-        return self._shared is None or await self._shared.settled(within_s)
+        """Whether nothing is left to be shared, now or `within_s`. One caller at a time.
+
+        With a shared log in trouble nothing is: readers elsewhere could not be reached however long that took.
+        """
+        return not self.hands_over or (self._shared is not None and await self._shared.settled(within_s))
 
     # --- streams ----------------------------------------------------------------------------------------------
 
@@ -141,12 +152,17 @@ class Registry:
 
     async def find(self, stream_id: str) -> Stream:
         """The stream of that id, here or elsewhere. Raises UnknownStreamError, or LogUnavailableError: nobody knows."""
+        # Looked for again where it was forgotten between its coming and this task's turn, for room or its time's sake:
+        # who gets it attaches a reader before anybody else gets a turn.
+        while (stream := self._here(stream_id)) is None:
+            if self._shared is None or not await self._shared.bring(stream_id):
+                raise UnknownStreamError
+        return stream
+
+    def _here(self, stream_id: str) -> Stream | None:
         stream = self.get(stream_id)
         if stream is None and self._shared is not None:
-            self._need_room()
-            stream = await self._shared.find(stream_id)
-        if stream is None:
-            raise UnknownStreamError
+            stream = self._shared.followed(stream_id)
         return stream
 
     async def stop(self, stream_id: str) -> None:
@@ -162,15 +178,18 @@ class Registry:
         """As `create`, but once for a key, on all instances: the same key gets the stream that it started.
 
         A key is remembered for as long as its stream is. Raises RequestError (422) for one that came with another
-        question, as their digests say, and LogUnavailableError where nobody knows. Where the log is not shared nothing
-        waits in here, so that of two requests that race the second finds the first's stream; where it is, one waits for
-        the other.
+        question, as their digests say, and LogUnavailableError where nobody knows. Where the log is not shared, or the
+        stream is from here, nothing waits in here, so that of two requests that race the second finds the first's
+        stream. Else one waits for the other if they have the same key. Cancelling it leaves the key to the next.
         """
         digest = question.digest
+        if (started := self._started(key, digest)) is not None:
+            return started
         if self._shared is None:
-            return self._started(key, digest) or self._start(key, question, leave_s)
+            return self._start(key, question, leave_s)
+        claiming = self._claiming.setdefault(key, asyncio.Lock())
         while True:
-            async with self._claiming:
+            async with claiming:
                 if (started := self._started(key, digest)) is not None:
                     return started
                 self.admit()
@@ -211,7 +230,7 @@ class Registry:
         self.admit()
         if len(self._running) >= self._settings.max_streams:
             raise RequestError(503, "overloaded_error", "too many answers are being generated", retry_after_s=5)
-        self._need_room()
+        self.need_room()
         if stream_id is None:
             # 128 bits from the system: whoever has the id may read the stream, nobody may guess it.
             stream_id = secrets.token_urlsafe(16)
@@ -361,7 +380,8 @@ class Registry:
 
     # --- memory -----------------------------------------------------------------------------------------------
 
-    def _need_room(self) -> None:
+    def need_room(self) -> None:
+        """Raises RequestError (503) where there is no room for another stream, whatever is forgotten for it."""
         if not self._make_room():
             raise RequestError(503, "overloaded_error", "the memory for answers is full", retry_after_s=5)
 

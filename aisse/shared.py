@@ -21,7 +21,7 @@ from redis import exceptions
 from aisse.errors import ConfigError, LogUnavailableError
 from aisse.formats import AnthropicFormat
 from aisse.replay import scripts
-from aisse.replay.connection import ANSWER_S, connect, in_words, wrong_url
+from aisse.replay.connection import ANSWER_S, Troubles, connect, in_words, wrong_url
 from aisse.replay.lookup import Answer, Lookup
 from aisse.replay.memory import MemoryLog
 from aisse.replay.redis import Mirror, interval_s
@@ -63,6 +63,9 @@ class Owner(Protocol):
 
     def keep(self, stream: Stream) -> None:
         """Takes a stream from elsewhere that has ended."""
+
+    def need_room(self) -> None:
+        """Raises RequestError (503) where there is no room for another stream."""
 
 
 class FollowedStream(Stream):
@@ -119,8 +122,8 @@ class Shared:
         self._client = connect(url, _CONNECTIONS, ANSWER_S)
         self._blocking = connect(url, 1, ANSWER_S + BLOCK_S, redis_connect_func=self._reconnected)
         self._followed: dict[str, FollowedStream] = {}
-        self._opening: dict[str, asyncio.Task[Stream | None]] = {}
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._opening: dict[str, asyncio.Task[bool]] = {}
+        self._withdrawing: dict[asyncio.Task[None], str] = {}  # and the key that is about to be free, if there is one
         self._running: list[asyncio.Task[None]] = []
         self._elsewhere: dict[str, Elsewhere] = {}
         self._own: Mapping[str, Stream]
@@ -133,13 +136,14 @@ class Shared:
         self._past: OrderedDict[str, None] = OrderedDict()  # oldest first
 
     async def start(self, own: Mapping[str, Stream], owner: Owner) -> None:
-        """`own` are the streams that run here. Raises ConfigError where Redis is not ours to use.
+        """`own` are the streams that run here. Raises ConfigError where Redis is not ours to use; nothing is open then.
 
         One that is only down is waited for meanwhile.
         """
         settings = self._settings
         self._own = own
         self._owner = owner
+        troubles = Troubles()  # of both, so that a Redis that is away is one
         self._mirror = Mirror(
             self._client,
             self,
@@ -147,6 +151,7 @@ class Shared:
             lease_s=settings.lease_s,
             retention_s=settings.retention_s,
             stream_s=settings.stream_s,
+            troubles=troubles,
         )
         self._tailer = Tailer(
             self._client,
@@ -156,11 +161,16 @@ class Shared:
             lease_s=settings.lease_s,
             retention_s=settings.retention_s,
             read_ahead_bytes=settings.read_ahead_bytes,
+            troubles=troubles,
         )
         self._finds = Lookup(self._tailer.find, settings.log_tick_s)
         self._stops = Lookup(self._tailer.ask_to_stop, settings.log_tick_s)
         self._hastened = Lookup(self._tailer.hasten, settings.log_tick_s)
-        await self._check()
+        try:
+            await self._check()
+        except BaseException:
+            await self.close()
+            raise
         self._running = [
             asyncio.create_task(self._mirror.run(), name="shared log: mirror"),
             asyncio.create_task(self._tailer.run(), name="shared log: tailer"),
@@ -175,13 +185,18 @@ class Shared:
         """Cancels and awaits every task. What Redis has not got is lost; see `settled`. Idempotent."""
         if self._running and self.trouble is None:
             await self._tailer.leave()
-        tasks = [*self._running, *self._tasks, *self._opening.values()]
-        self._running = []
+        tasks = [*self._running, *self._withdrawing, *self._opening.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._running = []
         await self._client.aclose()
         await self._blocking.aclose()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has been started and not been closed."""
+        return bool(self._running)
 
     async def _reconnected(self, connection: Any) -> None:
         self._tailer.reconnected()
@@ -194,12 +209,10 @@ class Shared:
             await self._tailer.mark()
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             if (wrong := wrong_url(error)) is not None:
-                await self._client.aclose()
                 raise ConfigError(f"log: {wrong}") from None
             _log.warning("shared log is not there yet; streams are served, and kept when it comes", why=in_words(error))
             return
         if tuple(map(int, version.split(".")[:2])) < _LEAST_VERSION:
-            await self._client.aclose()
             raise ConfigError(f"log: Redis {version} is too old; 7.0 or later, or Valkey, is needed")
         if (policy := memory.get("maxmemory_policy", "noeviction")) != "noeviction":
             _log.warning("shared log may lose what is in use: maxmemory-policy is not noeviction", policy=policy)
@@ -215,39 +228,48 @@ class Shared:
         return self._mirror.log(stream_id, self._memory, claimed)
 
     async def settled(self, within_s: float) -> bool:
-        """Whether everything has been shared, now or `within_s`."""
-        return await self._mirror.settled(within_s)
+        """Whether everything has been shared, and what was withdrawn forgotten, now or `within_s`."""
+        until = asyncio.get_running_loop().time() + within_s
+        if not await self._mirror.settled(within_s):
+            return False
+        left_s = max(0.0, until - asyncio.get_running_loop().time())
+        return not self._withdrawing or not (await asyncio.wait(self._withdrawing, timeout=left_s))[1]
 
     async def claim(self, who_and_key: tuple[bytes, str], request: bytes) -> tuple[str, str | None]:
         """The id of a new stream for an Idempotency-Key, and the id of the stream that has the key.
 
         Both are the same where no other stream has it; the second is None where that came with another request. Where
-        it is cancelled the key is free again.
+        it is cancelled the key is free again. One call for a key at a time.
         """
         key = _digest(who_and_key)
         stream_id = new_id(key[0])
         if self.trouble is not None:
             raise LogUnavailableError
+        # Else it might come before the key is free, and find a stream that never begins.
+        before = [task for task, freed in self._withdrawing.items() if freed == key]
+        if before and (await asyncio.wait(before, timeout=ANSWER_S))[1]:
+            raise LogUnavailableError
         task = asyncio.create_task(self._mirror.claim(key, stream_id, _text(request)))
         try:
             holder, asked = await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._spawn(self._unclaim(task, stream_id, key))
+            self._spawn(self._unclaim(task, stream_id, key), key)
             raise
         except (exceptions.RedisError, OSError, TimeoutError):
             # It may hold all the same, or will.
-            self._spawn(self._mirror.withdraw(stream_id, key, on_its_way=True))
+            self._spawn(self._mirror.withdraw(stream_id, key), key)
             raise LogUnavailableError from None
         return stream_id, holder if asked == _text(request) else None
 
     async def _unclaim(self, claim: asyncio.Task[tuple[str, str]], stream_id: str, key: str) -> None:
         with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
             await claim
-        await self._mirror.withdraw(stream_id, key, on_its_way=True)
+        await self._mirror.withdraw(stream_id, key)
 
     def withdraw(self, stream_id: str, key: tuple[bytes, str] | None) -> None:
         """Has a stream forgotten that nobody was told of, and its key."""
-        self._spawn(self._mirror.withdraw(stream_id, _digest(key) if key is not None else None))
+        digest = _digest(key) if key is not None else None
+        self._spawn(self._mirror.withdraw(stream_id, digest), digest)
 
     # What other instances say.
 
@@ -255,9 +277,10 @@ class Shared:
         """So many other instances have readers of the stream, the furthest of which has got up to `position`."""
         if (stream := self._own.get(stream_id)) is None:
             return
+        # First: who has taken everything before it left was no brake.
+        stream.advance(position)
         if instances:
             stream.attach(self._elsewhere.setdefault(stream_id, Elsewhere()))
-            stream.advance(position)
         else:
             self.nobody_elsewhere(stream)
 
@@ -284,14 +307,18 @@ class Shared:
 
     # --- streams that run elsewhere ---------------------------------------------------------------------------
 
-    async def find(self, stream_id: str) -> Stream | None:
-        """The stream of another instance, brought up to date and followed; None if there is no such stream.
+    def followed(self, stream_id: str) -> Stream | None:
+        """The stream of another instance that is followed here."""
+        return self._followed.get(stream_id)
 
-        Raises LogUnavailableError. Cancelling it is safe.
+    async def bring(self, stream_id: str) -> bool:
+        """Has a stream of another instance brought up to date, then followed, or kept by the owner if it has ended.
+
+        False if there is no such stream. Raises LogUnavailableError, or what the owner says of its room. Cancelling it
+        is safe.
         """
-        if (followed := self._followed.get(stream_id)) is not None:
-            return followed
         if (task := self._opening.get(stream_id)) is None:
+            self._owner.need_room()
             task = self._opening[stream_id] = asyncio.create_task(self._open(stream_id))
             task.add_done_callback(lambda done: self._opened(stream_id, done))
         try:
@@ -299,15 +326,15 @@ class Shared:
         except (exceptions.RedisError, OSError, TimeoutError):
             raise LogUnavailableError from None
 
-    def _opened(self, stream_id: str, task: asyncio.Task[Stream | None]) -> None:
+    def _opened(self, stream_id: str, task: asyncio.Task[bool]) -> None:
         del self._opening[stream_id]
         if not task.cancelled():
             task.exception()  # of which everybody who asked may be gone
 
-    async def _open(self, stream_id: str) -> Stream | None:
+    async def _open(self, stream_id: str) -> bool:
         found = await self._look(self._finds, stream_id)
         if found is None:
-            return None
+            return False
         stream = FollowedStream(
             stream_id,
             MemoryLog(stream_id, self._memory),
@@ -329,10 +356,10 @@ class Shared:
                 stream.left = asyncio.get_running_loop().time()
         else:
             stream.ended_at = found.ended_at or stream.ended_at
-        return stream
+        return True
 
     async def ask_to_stop(self, stream_id: str) -> bool:
-        """Has the instance that generates a stream end it; False if there is no such stream. Raises as `find` does."""
+        """Has the instance that generates a stream end it; False if there is none. Raises LogUnavailableError."""
         return await self._look(self._stops, stream_id) is not None
 
     async def _look(self, lookup: Lookup[Answer], stream_id: str) -> Answer | None:
@@ -380,10 +407,10 @@ class Shared:
         """Streams of which others cannot read everything yet."""
         return self._mirror.behind
 
-    def _spawn(self, work: Coroutine[object, object, object]) -> None:
+    def _spawn(self, work: Coroutine[object, object, None], key: str | None) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._withdrawing[task] = key or ""
+        task.add_done_callback(self._withdrawing.pop)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import pytest
@@ -27,12 +28,15 @@ from rawclient import RawClient, parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, delta, head, message_start, raw_upstream
 from redis_server import Server as Redis
 from redis_server import binaries, redis_server, required
+from structlog.testing import capture_logs
 
-from aisse.errors import UnknownStreamError
+from aisse import registry as registry_module
+from aisse.errors import ConfigError, UnknownStreamError
 from aisse.formats import AnthropicFormat
 from aisse.replay import scripts
 from aisse.replay.memory import MemoryLog, ReplayMemory
-from aisse.shared import FollowedStream
+from aisse.settings import Settings
+from aisse.shared import FollowedStream, Shared
 from aisse.simulator import Script, Simulator
 
 if TYPE_CHECKING:
@@ -583,8 +587,8 @@ async def test_key_whose_client_left_before_its_answer_is_free(redis: Redis) -> 
                 b"POST /api/chat HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nIdempotency-Key: k\r\n"
                 b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
             )
-            await eventually(f.instances[0].registry._claiming.locked)
-        await eventually(lambda: not f.instances[0].registry._claiming.locked())
+            await eventually(lambda: len(f.instances[0].registry._claiming) == 1)
+        await eventually(lambda: not f.instances[0].registry._claiming)
         redis.resume()
         client_ = redis.client()
         async with asyncio.timeout(60):
@@ -1034,6 +1038,409 @@ async def test_instance_closes_also_where_a_cancellation_is_swallowed(
             monkeypatch.setattr(shared._mirror, "_renew_all", swallow)
             await f.ask(0, "[[tokens=500 pace=50]]")
             await asyncio.sleep(0.5)
+
+
+# --- where rooms meet ---------------------------------------------------------------------------------------------
+
+
+def refusing(refuse: asyncio.Event) -> Callable[[Request, Connection], Awaitable[None]]:
+    """An upstream that refuses its first request, once it is told to, and answers every other."""
+    requests = itertools.count()
+
+    async def answer(_request: Request, connection: Connection) -> None:
+        if next(requests):
+            connection.send(head(), chunk(message_start() + delta("well") + MESSAGE_STOP), LAST_CHUNK)
+        else:
+            await refuse.wait()
+            connection.send(head("429 Too Many Requests", "application/json", framing="2"), b"{}")
+
+    return answer
+
+
+async def post(f: Fleet, instance: int, key: str) -> tuple[int, str]:
+    headers = {"Idempotency-Key": key}
+    async with f.client.post(f.instances[instance].chat, json=prompt("hello"), headers=headers) as answer:
+        return answer.status, await answer.text()
+
+
+def shared_of(f: Fleet, instance: int) -> Shared:
+    shared = f.instances[instance].registry._shared
+    assert shared is not None
+    return shared
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the first", "after it was emptied"])
+async def test_key_of_a_refused_request_stays_free_where_word_of_its_stream_comes_late(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, *, again: bool
+) -> None:
+    """What tells Redis of a stream, and what has it forgotten, go by different connections."""
+    refuse, under_way, withdrawn, came = (asyncio.Event() for _ in range(4))
+    async with raw_upstream(refusing(refuse)) as llm, fleet(redis.url, upstream=llm.url, count=1) as f:
+        mirror, client = shared_of(f, 0)._mirror, redis.client()
+        create, withdraw = mirror._create, mirror._withdraw
+
+        async def created(**arguments: Any) -> Any:
+            under_way.set()
+            await withdrawn.wait()
+            said = await create(**arguments)
+            came.set()
+            return said
+
+        async def withdraw_first(**arguments: Any) -> None:
+            await withdraw(**arguments)
+            withdrawn.set()
+
+        monkeypatch.setattr(mirror, "_withdraw", withdraw_first)
+        if not again:
+            monkeypatch.setattr(mirror, "_create", created)
+        first = asyncio.create_task(post(f, 0, "k"))
+        if again:
+            await eventually(lambda: [log.known for log in mirror._logs.values()] == [True])
+            monkeypatch.setattr(mirror, "_create", created)
+            await client.flushall()
+        await under_way.wait()
+        refuse.set()
+        assert (await first)[0] == 429
+        await came.wait()
+        assert not await stream_keys(client)
+        status, text = await post(f, 0, "k")
+        assert (status, reason(text)) == (200, "complete")
+
+
+async def test_request_with_a_key_that_is_about_to_be_free_waits_for_that(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse, asked = asyncio.Event(), asyncio.Event()
+    refuse.set()
+    async with raw_upstream(refusing(refuse)) as llm, fleet(redis.url, upstream=llm.url, count=1) as f:
+        mirror, registry, client = shared_of(f, 0)._mirror, f.instances[0].registry, redis.client()
+        withdraw, create_once = mirror._withdraw, registry.create_once
+
+        async def withdraw_late(**arguments: Any) -> None:
+            await asked.wait()
+            for _ in range(20):
+                await client.ping()  # longer than a claim takes that waits for nothing
+            await withdraw(**arguments)
+
+        async def create(*arguments: Any) -> Stream:
+            asked.set()
+            return await create_once(*arguments)
+
+        monkeypatch.setattr(mirror, "_withdraw", withdraw_late)
+        assert (await post(f, 0, "k"))[0] == 429
+        monkeypatch.setattr(registry, "create_once", create)
+        async with asyncio.timeout(9):
+            status, text = await post(f, 0, "k")
+        assert (status, reason(text)) == (200, "complete")
+        assert f.generations == 2
+
+
+async def test_reader_elsewhere_of_a_stream_that_is_withdrawn_is_told_at_once(redis: Redis) -> None:
+    """And not after a lease, as where Redis was emptied."""
+    refuse = asyncio.Event()
+    async with raw_upstream(refusing(refuse)) as llm, fleet(redis.url, upstream=llm.url, lease_s=60) as f:
+        first = asyncio.create_task(post(f, 0, "k"))
+        await eventually(lambda: f.instances[0].registry.active_streams == 1)
+        second = asyncio.create_task(post(f, 1, "k"))
+        await eventually(lambda: f.instances[1].registry.readers == 1)
+        refuse.set()
+        assert (await first)[0] == 429
+        async with asyncio.timeout(9):
+            assert reason((await second)[1]) == "producer_lost"
+        assert reason((await post(f, 1, "k"))[1]) == "complete"
+        assert f.generations == 2
+
+
+async def test_key_whose_request_a_shutdown_refuses_is_free_on_other_instances(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "_SHARED_S", 9.0)
+    async with raw_upstream(refusing(asyncio.Event())) as llm, fleet(redis.url, upstream=llm.url) as f:
+        mirror, client = shared_of(f, 0)._mirror, redis.client()
+        withdraw = mirror._withdraw
+
+        async def withdraw_late(**arguments: Any) -> None:
+            for _ in range(100):
+                await client.ping()
+            await withdraw(**arguments)
+
+        monkeypatch.setattr(mirror, "_withdraw", withdraw_late)
+        first = asyncio.create_task(post(f, 0, "k"))
+        await eventually(lambda: [log.known for log in mirror._logs.values()] == [True])
+        await f.instances[0].registry.close()
+        assert (await first)[0] == 503
+        assert not await stream_keys(client)
+        assert reason((await post(f, 1, "k"))[1]) == "complete"
+
+
+async def test_key_whose_client_leaves_goes_to_the_request_that_waits_for_it(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed, asked, go = (asyncio.Event() for _ in range(3))
+    async with fleet(redis.url, count=1) as f:
+        shared, registry = shared_of(f, 0), f.instances[0].registry
+        claim, create_once = shared._mirror._claim, registry.create_once
+
+        async def claim_late(**arguments: Any) -> Any:
+            said = await claim(**arguments)
+            if not claimed.is_set():
+                claimed.set()
+                await go.wait()
+            return said
+
+        async def create(*arguments: Any) -> Stream:
+            asked.set()
+            return await create_once(*arguments)
+
+        monkeypatch.setattr(shared._mirror, "_claim", claim_late)
+        first = asyncio.create_task(post(f, 0, "k"))
+        await claimed.wait()
+        monkeypatch.setattr(registry, "create_once", create)
+        second = asyncio.create_task(post(f, 0, "k"))
+        await asked.wait()
+        first.cancel()
+        await eventually(lambda: bool(shared._withdrawing))
+        go.set()
+        status, text = await second
+        assert (status, reason(text)) == (200, "complete")
+        assert f.generations == 1
+        assert not registry._claiming
+
+
+async def test_keys_wait_for_no_other_key(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet(redis.url, count=1) as f:
+        shared, together = shared_of(f, 0), asyncio.Barrier(20)
+        claim = shared._mirror.claim
+
+        async def claim_together(*arguments: str) -> tuple[str, str]:
+            await together.wait()
+            return await claim(*arguments)
+
+        monkeypatch.setattr(shared._mirror, "claim", claim_together)
+        async with asyncio.timeout(9):
+            answers = await asyncio.gather(*(post(f, 0, f"{number}") for number in range(20)))
+        assert {(status, reason(text)) for status, text in answers} == {(200, "complete")}
+        assert not f.instances[0].registry._claiming
+
+
+async def test_key_that_is_known_here_waits_for_nothing(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet(redis.url, count=1) as f:
+        path = await f.ask(0, "[[tokens=3]]", Idempotency_Key="known")
+        waiting = asyncio.Event()
+
+        async def never(*_: str) -> tuple[str, str]:
+            waiting.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(shared_of(f, 0)._mirror, "claim", never)
+        other = asyncio.create_task(post(f, 0, "other"))
+        await waiting.wait()
+        async with asyncio.timeout(9):
+            assert await f.ask(0, "[[tokens=3]]", Idempotency_Key="known") == path
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+
+
+async def test_slow_reader_elsewhere_that_leaves_still_holds_the_upstream_back(redis: Redis) -> None:
+    read = asyncio.Event()
+
+    async def flood(_request: Request, connection: Connection) -> None:
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
+        connection.send(head(), chunk(message_start()))
+        await read.wait()
+        while not connection.lost.is_set():
+            connection.send(chunk(delta("x" * 900)))
+            await connection.drain()
+
+    async with raw_upstream(flood) as llm, fleet(redis.url, upstream=llm.url, stall_s=60, leave_s=60) as f:
+        path = await f.ask(0, "hello", Aisse_On_Leave="60")
+        stream = f.instances[0].registry._running[path[-22:]]
+        async with await RawClient.connect(f.instances[1].address, receive_buffer_bytes=4096) as slow:
+            await slow.get(path)
+            await slow.answered()
+            await eventually(lambda: stream.readers == 1)
+            read.set()
+            stood = 0.0
+            while stood < 0.5:  # until it has not moved for so long
+                before = stream.log.tail
+                await asyncio.sleep(0.1)
+                stood = stood + 0.1 if stream.log.tail == before and stream.holds_back else 0.0
+        await eventually(lambda: stream.readers == 0)
+        assert stream.holds_back
+        assert stream._gate is not None
+        assert not stream._gate.done()
+
+
+async def test_reader_elsewhere_that_leaves_has_read_what_it_got(redis: Redis) -> None:
+    """Also what it got since it was last told of: who has taken everything was no brake."""
+    read = asyncio.Event()
+
+    async def answer(_request: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(message_start()))
+        await read.wait()
+        connection.send(chunk(delta("x" * 900)))
+        await connection.lost.wait()
+
+    async with raw_upstream(answer) as llm, fleet(redis.url, upstream=llm.url, lease_s=6) as f:
+        path = await f.ask(0, "hello", Aisse_On_Leave="60")
+        stream = f.instances[0].registry._running[path[-22:]]
+        async with f.get(1, path) as reader:
+            await eventually(lambda: stream.readers == 1)
+            read.set()
+            await reader.content.readuntil(b".2\n\n")
+        await eventually(lambda: stream.readers == 0)
+        assert stream.furthest == stream.log.tail
+        assert not stream.last_reader_stalled
+
+
+async def test_full_memory_turns_away_nobody_who_reads_what_is_here(redis: Redis) -> None:
+    async with (
+        fleet(redis.url) as f,
+        serving(f.simulator.url, log=redis.url, lease_s=LEASE_S, replay_bytes="64KiB") as small,
+    ):
+        f.instances[1] = small
+        path, other = [await f.ask(0, "[[tokens=9000 pace=300 token_bytes=200]]") for _ in range(2)]
+        async with f.get(1, path) as reader:
+            async for _ in reader.content.iter_any():
+                if small.registry.replay_bytes > 64 << 10:
+                    break
+            assert (await f.state(1, path))["status"] == "streaming"
+            assert await f.get_status(1, other) == 503
+        async with f.get(1, path, 100) as back:
+            assert b".101\n\n" in await back.content.readuntil(b".101\n\n")
+
+
+async def test_stream_that_has_come_and_was_forgotten_before_its_reader_came_is_brought_again(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever else got the turn between the two may have needed its room."""
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=3]]")
+        whole = await f.read(0, path)
+        await shared_by(f, 0)
+        shared, registry = shared_of(f, 1), f.instances[1].registry
+        opened = shared._opened
+        forgotten: list[Stream] = []
+
+        def forget(stream_id: str, task: Any) -> None:
+            opened(stream_id, task)
+            if not forgotten:
+                forgotten.append(registry._finished[stream_id])
+                registry._forget(registry._finished[stream_id])
+
+        monkeypatch.setattr(shared, "_opened", forget)
+        assert frames(await f.read(1, path)) == frames(whole)
+        assert forgotten
+
+
+async def test_stream_that_ended_while_nothing_came_leaves_no_trouble(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one that was followed: what is asked of Redis next names none."""
+    async with fleet(redis.url) as f:
+        path = await f.ask(0, "[[tokens=5000 pace=50]]")
+        reader = asyncio.create_task(f.read(1, path))
+        await eventually(lambda: f.seq(1, path) > 5)
+        tailer = shared_of(f, 1)._tailer
+        xread, down = tailer._blocking.xread, True
+        asked: list[Any] = []
+
+        async def xread_once_up(streams: Any, **options: Any) -> Any:
+            if down:
+                raise ConnectionError
+            asked.append(dict(streams))
+            return await xread(streams, **options)
+
+        monkeypatch.setattr(tailer._blocking, "xread", xread_once_up)
+        await eventually(lambda: tailer.trouble is not None)
+        async with f.client.delete(f.instances[0].url + path):
+            pass
+        await shared_by(f, 0)
+        down = False
+        assert reason(await reader) == "stopped"
+        await eventually(lambda: tailer.trouble is None)
+        assert asked
+        assert all(asked)
+
+
+async def test_trouble_of_an_instance_that_has_nothing_to_do_is_logged_once_and_its_end_once(redis: Redis) -> None:
+    async with fleet(redis.url, count=1) as f:
+        with capture_logs() as logs:
+            await redis.stop()
+            await degraded(f, 0, "does not answer")
+            await redis.start()
+            await healthy(f, 0)
+        said = [line["event"] for line in logs if "shared log" in line["event"]]
+        assert said == ["shared log in trouble", "shared log is back"]
+
+
+async def test_drain_with_nobody_to_wait_for_does_not_wait_for_a_redis_that_is_gone(redis: Redis) -> None:
+    async with fleet(redis.url, count=1, drain_s=60) as f:
+        await redis.stop()
+        async with f.client.post(f.instances[0].chat, json=prompt("[[tokens=3]]")) as answer:
+            assert reason(await answer.text()) == "complete"
+        await degraded(f, 0, "does not answer")
+        with capture_logs() as logs:
+            async with asyncio.timeout(9):
+                await f.instances[0].drain.run()
+        assert [line["streams"] for line in logs if "has not got everything" in line["event"]] == [1]
+
+
+async def test_drain_waits_for_what_a_slow_redis_has_not_got(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet(redis.url, drain_s=60) as f:
+        mirror, go, waits = shared_of(f, 0)._mirror, asyncio.Event(), asyncio.Event()
+        append = mirror._append_some
+
+        async def appended(some: list[RedisLog]) -> int:
+            await go.wait()
+            return await append(some)
+
+        monkeypatch.setattr(mirror, "_append_some", appended)
+        path = await f.ask(0, "[[tokens=3]]")
+        whole = await f.read(0, path)
+        drain = asyncio.create_task(f.instances[0].drain.run(report=lambda *_: waits.set()))
+        await waits.wait()
+        assert not drain.done()
+        go.set()
+        await drain
+        assert frames(await f.read(1, path)) == frames(whole)
+
+
+async def test_close_that_is_asked_for_again_waits_and_warns_once(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(redis.url, count=1) as f:
+        registry, mirror = f.instances[0].registry, shared_of(f, 0)._mirror
+
+        async def never(_logs: list[RedisLog]) -> int:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(mirror, "_append_some", never)
+        path = await f.ask(0, "[[tokens=3]]")
+        await f.read(0, path)
+        with capture_logs() as logs:
+            await asyncio.gather(registry.close(), registry.close())
+            await registry.close()
+        assert len([line for line in logs if "has not got everything" in line["event"]]) == 1
+
+
+async def test_start_that_is_refused_leaves_nothing_open(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.model_validate({"upstream": "simulator", "log": f"redis://127.0.0.1:{redis.port}/99"})
+    shared = Shared(settings, ReplayMemory(1))
+    closed = []
+    for client in (shared._client, shared._blocking):
+
+        async def aclose(close: Any = client.aclose) -> None:
+            closed.append(close)
+            await close()
+
+        monkeypatch.setattr(client, "aclose", aclose)
+    with pytest.raises(ConfigError):
+        await shared.start({}, cast("Any", None))
+    assert len(set(closed)) == 2
+    assert not shared.runs
 
 
 class UnreadLog(MemoryLog):

@@ -82,6 +82,30 @@ def backoff_s(failures: int) -> float:
     return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret
 
 
+class Troubles:
+    """What fails at Redis now. The log tells of each trouble once, and once that the last one is over."""
+
+    def __init__(self) -> None:
+        self._why: dict[str, str] = {}
+
+    @property
+    def first(self) -> str | None:
+        """The oldest one, in words; None while all is well."""
+        return next(iter(self._why.values()), None)
+
+    def met(self, what: str, error: BaseException) -> None:
+        """`what`, which is done again and again, has failed."""
+        why = in_words(error)
+        if why not in self._why.values():
+            _log.warning("shared log in trouble", why=why)
+        self._why[what] = why
+
+    def over(self, what: str) -> None:
+        """It was done, or there is nothing of it to do."""
+        if self._why.pop(what, None) is not None and not self._why:
+            _log.info("shared log is back")
+
+
 def in_words(error: BaseException) -> str:
     """What is the matter with Redis, for operators; nothing of what was sent to it."""
     match error:

@@ -19,7 +19,7 @@ import structlog
 from redis import exceptions
 
 from aisse.replay import scripts
-from aisse.replay.connection import PROMPT_S, backoff_s, heed_cancellation, in_words
+from aisse.replay.connection import PROMPT_S, Troubles, backoff_s, heed_cancellation
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.scripts import claim_key, entries_key, readers_key, state_key, withdrawn_key
 
@@ -37,7 +37,8 @@ _BATCH_BYTES = 1 << 20
 _CLOCK_S = 1.0
 _AWAY_S = 5.0
 
-# How long a claim whose answer did not come is refused, should Redis get to it later.
+# How long what would begin a stream is refused once that is withdrawn: it may be on its way on another connection, or
+# wait in a Redis that stands still. Both are at its door when it has done the withdrawal.
 _WITHDRAWN_MS = 60_000
 
 # Several renewals may be lost before a lease lapses; that somebody asked for a stream's end is seen within a second.
@@ -136,7 +137,9 @@ class Mirror:
         lease_s: float,
         retention_s: float,
         stream_s: float = 3600.0,
+        troubles: Troubles | None = None,
     ) -> None:
+        """`troubles` are there where others tell of theirs together with these."""
         self.token = secrets.token_urlsafe(12)
         """Names this process, as producer and as reader."""
         self._client = client
@@ -156,7 +159,7 @@ class Mirror:
         self._new = asyncio.Event()
         self._unknown: dict[RedisLog, None] = {}  # to Redis, oldest first
         self._settled: asyncio.Future[None] | None = None
-        self._troubles: dict[str, str] = {}
+        self._troubles = troubles or Troubles()
         self._awake = time.monotonic()
         self._append = client.register_script(scripts.APPEND)
         self._create = client.register_script(scripts.CREATE)
@@ -191,7 +194,7 @@ class Mirror:
     @property
     def trouble(self) -> str | None:
         """Why Redis does not get what it should, in words; None while it does."""
-        return next(iter(self._troubles.values()), None)
+        return self._troubles.first
 
     @property
     def behind(self) -> int:
@@ -228,8 +231,8 @@ class Mirror:
         )
         return stream.decode(), asked.decode()
 
-    async def withdraw(self, stream_id: str, digest: str | None, *, on_its_way: bool = False) -> None:
-        """Forgets a stream that nobody was told of, and its claim, also one that is `on_its_way`.
+    async def withdraw(self, stream_id: str, digest: str | None) -> None:
+        """Forgets a stream that nobody was told of, and its claim, also where word of either is still on its way.
 
         Tries for as long as Redis would keep them.
         """
@@ -241,7 +244,7 @@ class Mirror:
             try:
                 await self._withdraw(
                     keys=keys + ([claim_key(digest)] if digest else []),
-                    args=[stream_id, _WITHDRAWN_MS if on_its_way else 0],
+                    args=[stream_id, _WITHDRAWN_MS],
                 )
             except (exceptions.RedisError, OSError):
                 failures += 1
@@ -266,7 +269,7 @@ class Mirror:
         while True:
             heed_cancellation()
             if not self._unknown:
-                self._well("create")
+                self._troubles.over("create")
                 failures = 0
                 self._new.clear()
                 await self._new.wait()
@@ -288,14 +291,17 @@ class Mirror:
             keys=[
                 key
                 for log in logs
-                for key in (log.state_key, log.entries_key, claim_key(log.claim[0]) if log.claim else log.state_key)
+                for key in (
+                    *(log.state_key, log.entries_key, withdrawn_key(log.id)),
+                    claim_key(log.claim[0]) if log.claim else log.state_key,
+                )
             ],
             args=args,
         )
         for log, ours in zip(logs, said, strict=True):
             log.known = bool(ours)
             self._unknown.pop(log, None)
-        await self._give_up([log for log, ours in zip(logs, said, strict=True) if not ours])
+        await self._give_up([log for log, ours in zip(logs, said, strict=True) if not ours and not log.gone])
 
     # --- appending --------------------------------------------------------------------------------------------
 
@@ -304,7 +310,7 @@ class Mirror:
         while True:
             heed_cancellation()
             if not self._behind:
-                self._well("append")
+                self._troubles.over("append")
                 failures = 0
                 self._work.clear()
                 self._tell_settled()
@@ -420,7 +426,7 @@ class Mirror:
                 if not reached or time.monotonic() - begun > PROMPT_S:
                     self._steady_since = time.monotonic()
             elif not self._logs:
-                self._well("renew")
+                self._troubles.over("renew")
                 failures = 0
 
     async def _renew_all(self, logs: list[RedisLog]) -> None:
@@ -465,21 +471,14 @@ class Mirror:
             await work()
         except Exception as error:
             # Whatever it is must not end the task for ever, and with it what others get of all streams.
-            trouble = in_words(error)
-            if trouble not in self._troubles.values():
-                _log.warning("shared log in trouble", why=trouble)
-            self._troubles[what] = trouble
+            self._troubles.met(what, error)
             if isinstance(error, exceptions.ReadOnlyError):
                 # It was replaced by another, to which its address leads by now.
                 with contextlib.suppress(Exception):
                     await self._client.connection_pool.disconnect(inuse_connections=False)
             return False
-        self._well(what)
+        self._troubles.over(what)
         return True
-
-    def _well(self, what: str) -> None:
-        if self._troubles.pop(what, None) is not None and not self._troubles:
-            _log.info("shared log is back")
 
 
 def interval_s(lease_s: float) -> float:

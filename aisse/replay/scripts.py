@@ -30,7 +30,7 @@ def readers_key(stream_id: str) -> str:
 
 
 def withdrawn_key(stream_id: str) -> str:
-    """That a claim for the stream, should it still come, is too late."""
+    """That nobody may begin the stream any more: what says so may be overtaken on another connection."""
     return entries_key(stream_id) + ":withdrawn"
 
 
@@ -64,22 +64,23 @@ CREATE = (
     "#!lua\n"
     + _NOW
     + """
--- KEYS: state, entries and claim of each stream (its state again, if it has none). ARGV: token, lease ms, keep ms, for
--- how many ms claims hold; of each stream its id, when it was created, and the digest of its request, empty without a
--- claim. Returns of each stream whether it is the producer's.
+-- KEYS: state, entries, what says that it is withdrawn, and claim of each stream (its state again, if it has none).
+-- ARGV: token, lease ms, keep ms, for how many ms claims hold; of each stream its id, when it was created, and the
+-- digest of its request, empty without a claim. Returns of each stream whether it is the producer's.
 local said = {}
-for i = 1, #KEYS, 3 do
-  local state, entries, claim = KEYS[i], KEYS[i + 1], KEYS[i + 2]
-  if redis.call('HSETNX', state, 'owner', ARGV[1]) == 1 then
+for i = 1, #KEYS / 4 do
+  local state, entries, withdrawn, claim = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1], KEYS[4 * i]
+  local id, created, digest = ARGV[3 * i + 2], ARGV[3 * i + 3], ARGV[3 * i + 4]
+  if redis.call('EXISTS', withdrawn) == 0 and redis.call('HSETNX', state, 'owner', ARGV[1]) == 1 then
     redis.call('DEL', entries)
-    redis.call('HSET', state, 'last', 0, 'until', now + ARGV[2], 'created', ARGV[i + 5])
+    redis.call('HSET', state, 'last', 0, 'until', now + ARGV[2], 'created', created)
     redis.call('PEXPIRE', state, ARGV[3])
-    if ARGV[i + 6] ~= '' then
-      redis.call('HSET', claim, 'stream', ARGV[i + 4], 'digest', ARGV[i + 6])
+    if digest ~= '' then
+      redis.call('HSET', claim, 'stream', id, 'digest', digest)
       redis.call('PEXPIRE', claim, ARGV[4])
     end
   end
-  said[(i + 2) / 3] = redis.call('HGET', state, 'owner') == ARGV[1] and 1 or 0
+  said[i] = redis.call('HGET', state, 'owner') == ARGV[1] and 1 or 0
 end
 return said
 """
@@ -154,7 +155,7 @@ ATTEND = (
     + """
 -- KEYS: state and readers of each stream. ARGV: instance, for how many ms it counts; of each stream whether it is
 -- read, and the position up to which it was. Returns the time; of each stream the milliseconds that its lease lasts
--- (false: it is not known), the number of its last frame, and whether it has ended.
+-- (false: it is not known), the number of its last frame, and whether it has ended, or was withdrawn.
 local said = {now}
 for i = 1, #KEYS, 2 do
   local state, readers = KEYS[i], KEYS[i + 1]
@@ -164,13 +165,13 @@ for i = 1, #KEYS, 2 do
     if ARGV[i + 2] == '1' then
       redis.call('ZADD', readers, now + ARGV[2], ARGV[1])
       redis.call('PEXPIRE', readers, ARGV[2])
-      if tonumber(ARGV[i + 3]) > tonumber(known[4] or 0) then redis.call('HSET', state, 'far', ARGV[i + 3]) end
     else
       redis.call('ZREM', readers, ARGV[1])
     end
+    if tonumber(ARGV[i + 3]) > tonumber(known[4] or 0) then redis.call('HSET', state, 'far', ARGV[i + 3]) end
     said[at], said[at + 1], said[at + 2] = known[1] - now, tonumber(known[2]), known[3] and 1 or 0
   else
-    said[at], said[at + 1], said[at + 2] = false, 0, 0
+    said[at], said[at + 1], said[at + 2] = false, 0, redis.call('EXISTS', (state:gsub(':state$', ':withdrawn')))
   end
 end
 return said
@@ -256,9 +257,9 @@ WITHDRAW = (
     _SMALL
     + """
 -- KEYS: state and entries, what says that the stream is withdrawn, the claim if it has one. ARGV: its id; for how many
--- ms a claim that is still on its way is refused, 0 if none is. Forgets the stream, and its claim but no other's.
+-- ms what would begin it is refused. Forgets the stream, and its claim but no other's.
 redis.call('DEL', KEYS[1], KEYS[2])
-if tonumber(ARGV[2]) > 0 then redis.call('SET', KEYS[3], 1, 'PX', ARGV[2]) end
+redis.call('SET', KEYS[3], 1, 'PX', ARGV[2])
 if KEYS[4] and redis.call('HGET', KEYS[4], 'stream') == ARGV[1] then redis.call('DEL', KEYS[4]) end
 """
 )

@@ -16,7 +16,7 @@ import structlog
 from redis import exceptions
 
 from aisse.replay import scripts
-from aisse.replay.connection import PROMPT_S, backoff_s, heed_cancellation, in_words
+from aisse.replay.connection import PROMPT_S, Troubles, backoff_s, heed_cancellation
 from aisse.replay.redis import interval_s, last_seq_of
 from aisse.replay.scripts import entries_key, instance_key, readers_key, state_key
 
@@ -111,8 +111,12 @@ class Tailer:
         lease_s: float,
         retention_s: float,
         read_ahead_bytes: int,
+        troubles: Troubles | None = None,
     ) -> None:
-        """`blocking` has one connection, which is this object's alone; `client` is anybody's."""
+        """`blocking` has one connection, which is this object's alone; `client` is anybody's.
+
+        `troubles` are there where others tell of theirs together with these.
+        """
         self._client = client
         self._blocking = blocking
         self._instance = instance
@@ -133,7 +137,7 @@ class Tailer:
         self._ask = client.register_script(scripts.STOP_ASKED)
         self._steady_since = time.monotonic()
         self._attended = time.monotonic()
-        self._troubles: dict[str, str] = {}
+        self._troubles = troubles or Troubles()
         self._marker = instance_key(instance)
         self._marked = False
         self._doubtful_since = -math.inf
@@ -141,7 +145,7 @@ class Tailer:
     @property
     def trouble(self) -> str | None:
         """Why nothing comes from Redis, in words; None while it can."""
-        return next(iter(self._troubles.values()), None)
+        return self._troubles.first
 
     async def find(self, stream_ids: Sequence[str]) -> list[Found | None]:
         """What Redis knows of each stream, whoever generates it; None if nothing. Raises RedisError.
@@ -227,7 +231,7 @@ class Tailer:
         while True:
             heed_cancellation()
             if not self._followed:
-                self._well("tail")
+                self._troubles.over("tail")
                 failures = 0
                 self._work.clear()
                 await self._work.wait()
@@ -238,23 +242,25 @@ class Tailer:
                 await self._tail_once()
             except Exception as error:
                 # Whatever it is must not end the task for ever, and with it all that others generate.
-                self._troubles["tail"] = in_words(error)
+                self._troubles.met("tail", error)
                 self._blocking_id = None
                 with contextlib.suppress(Exception):
                     await self._blocking.connection_pool.disconnect()
                 failures += 1
                 await asyncio.sleep(backoff_s(failures))
                 continue
-            self._well("tail")
+            self._troubles.over("tail")
             failures = 0
             await asyncio.sleep(max(0.0, begun + self._tick_s - loop.time()))
 
     async def _tail_once(self) -> None:
         if self._blocking_id is None:
             self._blocking_id = await self._blocking.client_id()
+        if not (after := self._after(self._followed)):
+            return  # the last one has ended meanwhile; Redis refuses a call that names none
         self._round += 1
         try:
-            came = await self._blocking.xread(self._after(self._followed), count=_ENTRIES, block=round(BLOCK_S * 1000))
+            came = await self._blocking.xread(after, count=_ENTRIES, block=round(BLOCK_S * 1000))
         finally:
             self._round += 1
         self._take(came)
@@ -315,10 +321,10 @@ class Tailer:
                 elif some := [each for each in self._followed.values() if self._has_news(each)]:
                     await self._look_after_all(some)
             except Exception as error:
-                self._troubles["attend"] = in_words(error)
+                self._troubles.met("attend", error)
                 failures += 1
             else:
-                self._well("attend")
+                self._troubles.over("attend")
                 failures = 0
 
     async def _look_after_all(self, some: list[_Followed]) -> None:
@@ -340,9 +346,6 @@ class Tailer:
     def doubtful(self) -> bool:
         """Whether Redis may not have everything at the moment that the instances do."""
         return time.monotonic() - self._doubtful_since < self._lease_s
-
-    def _well(self, what: str) -> None:
-        self._troubles.pop(what, None)
 
     def _has_news(self, followed: _Followed) -> bool:
         return followed.stream.furthest - followed.told >= self._report_bytes
@@ -375,7 +378,7 @@ class Tailer:
             if self._followed.get(each.entries.encode()) is not each:
                 continue  # it has ended, or nobody reads it any more
             if left_ms is None:
-                self._miss(each)
+                self._miss(each, withdrawn=bool(ended))
                 continue
             each.missing_since = None
             if left_ms >= 0 or ended or not trusted:
@@ -391,11 +394,15 @@ class Tailer:
                 if await self._bury(keys=[each.state, each.entries], args=args):
                     _log.warning("producer lost", stream_id=each.stream.id[:8])
 
-    def _miss(self, followed: _Followed) -> None:
-        """Redis does not know the stream: it was emptied. Who generates has the time of a lease to say it again."""
+    def _miss(self, followed: _Followed, *, withdrawn: bool) -> None:
+        """Redis does not know the stream: it was emptied. Who generates has the time of a lease to say it again.
+
+        Not so for one that was `withdrawn`, which never comes.
+        """
+        now = time.monotonic()
         if followed.missing_since is None:
-            followed.missing_since = time.monotonic()
-        elif time.monotonic() - max(followed.missing_since, self._steady_since) >= self._lease_s:
+            followed.missing_since = now
+        if withdrawn or now - max(followed.missing_since, self._steady_since) >= self._lease_s:
             self._followed.pop(followed.entries.encode(), None)
             followed.stream.conclude(*followed.stream.burial())
 
