@@ -1156,20 +1156,27 @@ async def test_key_whose_request_a_shutdown_refuses_is_free_on_other_instances(
 ) -> None:
     monkeypatch.setattr(registry_module, "_SHARED_S", 9.0)
     async with raw_upstream(refusing(asyncio.Event())) as llm, fleet(redis.url, upstream=llm.url) as f:
-        mirror, client = shared_of(f, 0)._mirror, redis.client()
+        shared, client = shared_of(f, 0), redis.client()
+        mirror, close = shared._mirror, shared.close
         withdraw = mirror._withdraw
+        left: list[list[bytes]] = []
 
         async def withdraw_late(**arguments: Any) -> None:
             for _ in range(100):
                 await client.ping()
             await withdraw(**arguments)
 
+        async def close_with_nothing_left() -> None:
+            left.append(await stream_keys(client))
+            await close()
+
         monkeypatch.setattr(mirror, "_withdraw", withdraw_late)
+        monkeypatch.setattr(shared, "close", close_with_nothing_left)
         first = asyncio.create_task(post(f, 0, "k"))
-        await eventually(lambda: [log.known for log in mirror._logs.values()] == [True])
+        await eventually(lambda: [log.known for log in mirror._logs.values()] == [True] and len(llm.requests) == 1)
         await f.instances[0].registry.close()
         assert (await first)[0] == 503
-        assert not await stream_keys(client)
+        assert left == [[]]
         assert reason((await post(f, 1, "k"))[1]) == "complete"
 
 
