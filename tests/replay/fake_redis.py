@@ -78,6 +78,9 @@ class FakeRedis:
     async def _disconnect(self, **_options: Any) -> None:
         self.disconnected += 1
 
+    async def aclose(self) -> None:
+        pass
+
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def xrevrange(self, key: Any, count: int) -> Any:
@@ -113,3 +116,9 @@ class FakeRedis:
     async def set(self, _key: str, _value: int, px: int) -> bool:
         self.marked = True
         return True
+
+    async def info(self, section: str) -> dict[str, str]:
+        return {"redis_version": "7.2.0"} if section == "server" else {}
+
+    async def script_load(self, _text: str) -> str:
+        return ""
