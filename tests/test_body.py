@@ -380,6 +380,52 @@ def test_pause_after_the_end_leaves_the_next_response_alone() -> None:
     assert fed.transport.calls == ["pause", "resume"]
 
 
+def test_resume_of_a_connection_that_closes_does_nothing() -> None:
+    """Uvloop raises there, and the relay would take it for a fault."""
+    fed = Fed().feed(HEAD)
+    fed.body.pause()
+    fed.transport.closing = True
+    fed.body.resume()
+    assert fed.transport.calls == ["pause"]
+
+
+def test_abort_leaves_a_connection_that_has_changed_hands() -> None:
+    fed = Fed(listening=False).feed(head(framing="5") + b"hello")
+    following = Body(cast("Any", SimpleNamespace(transport=fed.transport, protocol=fed.protocol)))
+    fed.body.abort()
+    assert not fed.transport.aborted
+    following.abort()
+    assert fed.transport.aborted
+
+
+def test_what_came_before_anybody_listened_is_not_kept() -> None:
+    fed = Fed(listening=False).feed(HEAD, chunk(b"x" * 1000))
+    fed.listen()
+    assert fed.out == [b"x" * 1000]
+    assert fed.body._early == []
+
+
+def test_reading_ahead_of_a_pause_is_bounded_over_tls() -> None:
+    """Uvloop's own bound is 256 KiB a connection."""
+    limits: list[int] = []
+
+    class Encrypted(Transport):
+        def set_read_buffer_limits(self, high: int) -> None:
+            limits.append(high)
+
+    Body(cast("Any", SimpleNamespace(transport=Encrypted(), protocol=Taker())))
+    assert len(limits) == 1
+    assert 0 < limits[0] <= 16 << 10
+
+
+def test_head_without_end_is_left_to_aiohttp_and_not_collected() -> None:
+    sent = b"HTTP/1.1 200 OK\r\n" + b"X-Field: y\r\n" * 6000
+    fed = Fed(listening=False)
+    for at in range(0, len(sent), 4096):
+        fed.feed(sent[at : at + 4096])
+    assert fed.protocol.got == sent
+
+
 def test_late_end_of_one_body_leaves_the_next_ones_in_place() -> None:
     """The pool may have lent the connection out again before anybody listened to a body that it parsed itself."""
     fed = Fed(listening=False).feed(head(framing="5") + b"hello")

@@ -15,15 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aisse.failures import (
-    cleaned,
-    refusal,
-    request_id,
-    retry_after,
-    said_error,
-    said_in_success,
-    unreachable,
-)
+from aisse.errors import MESSAGE_CHARS
+from aisse.failures import cleaned, refusal, request_id, retry_after, said_error, said_in_success, unreachable
 from aisse.formats import error_of
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -341,3 +334,19 @@ def test_nothing_that_an_upstream_says_gets_into_the_log_or_out_of_bounds(status
 def test_words_lose_what_looks_like_a_key(text: str) -> None:
     assert "[removed]" in cleaned(text, KEY)
     assert KEY not in cleaned(text, KEY)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 408, 422, 429, 500, 502, 503, 504, 529])
+def test_time_to_wait_is_passed_on_only_where_waiting_helps(status: int) -> None:
+    error = refusal(status, {"Retry-After": "7"}, b"{}", None)
+    assert error.retry_after == ("7" if error.status in {429, 503} else None)
+    assert error.status not in {429, 503} or status in {429, 503, 529}
+
+
+@pytest.mark.parametrize("key", ["sk-ant-REDACTED", "our own key 123456789"])
+def test_key_that_lies_across_the_cut_leaves_no_part_of_it(key: str) -> None:
+    for place in range(MESSAGE_CHARS - len(key) - 5, MESSAGE_CHARS + 5):
+        text = ("ab " * MESSAGE_CHARS)[:place] + " " + key + " and more"
+        said = cleaned(text, "our own key 123456789")
+        assert len(said) <= MESSAGE_CHARS
+        assert key[:6] not in said

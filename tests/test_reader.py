@@ -302,6 +302,83 @@ async def test_kernel_gives_a_silent_peer_up_after_the_sweep_had_time_to_evict_i
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) > (7 + 2 * registry_module.SWEEP_S) * 1000
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the kernel has no such limit")
+async def test_kernel_is_asked_to_keep_little_that_is_not_sent() -> None:
+    async with one_stream() as one, one.reading() as (_, reader):
+        assert reader._transport is not None
+        sock = reader._transport.get_extra_info("socket")
+        limit = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+        assert limit == one.settings.write_buffer_bytes // 4
+
+
+async def test_exception_in_a_reader_cuts_its_client_off_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What answers other errors would write its answer into the middle of the stream."""
+
+    async def fail(_self: Reader) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Reader, "_write_what_is_logged", fail)
+    async with one_stream() as one:
+        one.publish(3)
+        async with await RawClient.connect(one.address) as client:
+            await client.get("/")
+            await client.answered()
+            await client.read_to_end()
+            assert client.broken
+            assert not client.body.ended
+            assert client.body.rest == b""
+            assert sequence(client) == [1, 2, 3]
+        assert one.stream.readers == 0
+
+
+async def test_reader_that_parts_has_all_from_before_and_nothing_of_the_same_step() -> None:
+    """It comes back with its cursor for the rest. A write to what closes would take back what waits."""
+    async with one_stream() as one, one.reading() as (client, reader):
+        while reader.buffered_bytes == 0:
+            one.publish(size=500)
+        assert is_at_tail(reader)
+        last = one.stream.log.last_seq
+        reader.part()
+        one.publish(3)
+        await client.read_to_end()
+        assert sequence(client) == list(range(1, last + 1))
+        assert not client.body.ended
+
+
+async def test_compact_reader_of_a_long_backlog_lets_others_run_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted are the reads of the log within one step of the loop."""
+    read = MemoryLog.read
+    reads: list[int] = [0]
+
+    def counted(log: MemoryLog, position: int, limit: int = 1 << 14) -> bytes:
+        reads[-1] += 1
+        return read(log, position, limit)
+
+    monkeypatch.setattr(MemoryLog, "read", counted)
+
+    async def count_steps() -> None:
+        while True:
+            await asyncio.sleep(0)
+            reads.append(0)
+
+    async with one_stream() as one, await RawClient.connect(one.address, receive_buffer_bytes=1 << 20) as client:
+        for _ in range(400):
+            first = one.stream.log.last_seq + 1
+            data = '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x"}}'
+            some = [frame("content_block_delta", data, f"{STREAM_ID}.{first + n}") for n in range(120)]
+            one.stream.publish(b"".join(some), first + 119)
+        one.stream.finish(Reason.COMPLETE)
+        counting = asyncio.create_task(count_steps())
+        await client.get("/?compact")
+        await client.answered()
+        await client.read_to_end()
+        counting.cancel()
+        await asyncio.gather(counting, return_exceptions=True)
+        assert sum(reads) > 400
+        # One write's with the head and one more.
+        assert max(reads) <= 70
+
+
 # --- the tail -----------------------------------------------------------------------------------------------------
 
 

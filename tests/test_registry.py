@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
 from conftest import Server, eventually, prompt, serving
@@ -506,6 +506,42 @@ async def test_reader_whose_record_fails_costs_the_others_no_heartbeat(simulator
             await eventually(lambda: abandoned.reason is Reason.ABANDONED)
         assert any(line["event"] == "reader failed" for line in logs)
         assert [stream.reason for stream in streams] == [None] * 4
+
+
+@pytest.mark.usefixtures("fast_sweep")
+async def test_reader_whose_beat_fails_is_cut_off() -> None:
+    """It would get no heartbeat, and log its fault again each second."""
+
+    class Bad:
+        buffered_bytes = 0
+        evicted = False
+
+        def __init__(self, stream: Stream) -> None:
+            self.stream = stream
+
+        def stalled_for(self, _now: float) -> float:
+            return 0.0
+
+        def beat(self, *_: object) -> NoReturn:
+            raise ZeroDivisionError("a bug")
+
+        def evict(self) -> None:
+            self.evicted = True
+
+    async with bed() as b:
+        bad = Bad(b.create())
+        with b.registry.reading(cast("Any", bad)):
+            await eventually(lambda: bad.evicted)
+
+
+async def test_idle_comes_with_the_last_answer() -> None:
+    """A drain would find it out a second later."""
+    async with bed() as b:
+        with b.registry.answering():
+            idle = asyncio.create_task(b.registry.idle(60))
+            await asyncio.sleep(0)
+            assert not idle.done()
+        assert await asyncio.wait_for(idle, 5)
 
 
 @pytest.mark.usefixtures("fast_sweep")

@@ -1004,3 +1004,15 @@ async def test_exception_in_one_relay_ends_that_stream_alone(
 def answered_before(answered: Answer) -> list[bytes]:
     """Events in the same chunk as the one that failed may or may not have been relayed; none is lost in between."""
     return SHORT[: len(answered.frames) - 2]
+
+
+async def test_stream_that_failed_keeps_nothing_but_its_error(client: aiohttp.ClientSession) -> None:
+    """What an error was caused by, and the frames that it came through, hold the question for as long as it is kept."""
+    async with serving("http://127.0.0.1:9", first_byte_commit_s=0) as server:
+        answer = await ask(client, server)
+        assert answer.end["reason"] == "error"
+        stream = server.registry.get(answer.stream_id)
+        assert stream is not None
+        error = stream.error
+        assert error is not None
+        assert (error.__cause__, error.__context__, error.__traceback__) == (None, None, None)

@@ -480,6 +480,22 @@ async def test_cookies_are_not_kept(simulator: Simulator, client: aiohttp.Client
         assert simulator.stats.cookied == 0
 
 
+async def test_cookie_of_an_upstream_that_has_a_name_is_not_sent_with_the_next_question(
+    client: aiohttp.ClientSession,
+) -> None:
+    """Aiohttp's own jar keeps none of an address: this is what would happen with every real upstream."""
+
+    async def serve(request: Request, connection: Connection) -> None:
+        fields = head("200 OK", "text/event-stream", "Set-Cookie: session=private; Path=/")
+        connection.send(fields, *map(chunk, ANSWER), LAST_CHUNK)
+
+    async with raw_upstream(serve) as upstream, serving(upstream.url.replace("127.0.0.1", "localhost")) as server:
+        for _ in range(2):
+            assert (await ask(client, server))[0] == 200
+        assert len(upstream.requests) == 2
+        assert all("cookie" not in request.headers for request in upstream.requests)
+
+
 # --- an idle connection that was closed -------------------------------------------------------------------------
 
 
@@ -1019,6 +1035,114 @@ async def test_error_body_without_end_is_not_read_to_it(client: aiohttp.ClientSe
     async with raw_upstream(flood) as upstream, serving(upstream.url) as server:
         assert (await ask(client, server))[0] == 502
         await asyncio.wait_for(upstream.connections[0].lost.wait(), 60)
+
+
+async def test_error_body_at_full_speed_is_read_no_further_than_its_bound(client: aiohttp.ClientSession) -> None:
+    sent = 0
+
+    async def flood(request: Request, connection: Connection) -> None:
+        nonlocal sent
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
+        connection.send(head("500 Oops", "text/plain"))
+        while not connection.lost.is_set():
+            connection.send(chunk(b"x" * 10_000))
+            await connection.drain()
+            sent += 10_000
+            await asyncio.sleep(0)
+
+    async with raw_upstream(flood) as upstream, serving(upstream.url) as server:
+        assert (await ask(client, server))[0] == 502
+        await asyncio.wait_for(upstream.connections[0].lost.wait(), 20)
+    assert sent < 1 << 20
+
+
+async def test_receive_buffer_of_the_setting_is_what_the_kernel_has() -> None:
+    async def begin(request: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(message_start()))
+
+    async with raw_upstream(begin) as server, started(server.url, receive_buffer_bytes=16 << 10) as upstream:
+        response = await upstream.open(Question([b"{}"]))
+        assert response.connection is not None
+        assert response.connection.transport is not None
+        sock = response.connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * (16 << 10)  # socket(7): doubled
+        response.raw_body.abort()
+        response.close()
+
+
+# --- generations that nobody wants any more ---------------------------------------------------------------------
+
+
+async def test_upstream_that_does_not_read_its_question_is_gone_at_once() -> None:
+    """A connection that is closed in order would first send all the rest: the upstream would go on, and bill it."""
+    loop = asyncio.get_running_loop()
+    size = 8 << 20
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        async with started(f"http://127.0.0.1:{listening.getsockname()[1]}") as upstream:
+            asking = asyncio.create_task(upstream.open(Question([b"x" * size])))
+            connection, _ = await loop.sock_accept(listening)
+            with connection:
+                connection.setblocking(False)
+                got = len(await loop.sock_recv(connection, 1000))
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+                with contextlib.suppress(ConnectionResetError):
+                    async with asyncio.timeout(20):
+                        while part := await loop.sock_recv(connection, 1 << 16):
+                            got += len(part)
+    assert got < size
+
+
+async def test_upstream_that_says_no_goodbye_over_tls_is_gone_at_once(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it has, a connection that is closed in order stays open, and the generation goes on."""
+    gone, mute = asyncio.Event(), asyncio.Event()
+
+    async def begin(request: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(message_start()), chunk(delta("a")))
+
+    async with raw_upstream(begin, tls=server_side(monkeypatch)) as upstream:
+        port = int(upstream.url.rpartition(":")[2])
+
+        async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            """Hands everything on, until the upstream is to hear nothing any more."""
+            from_there, there = await asyncio.open_connection("127.0.0.1", port)
+
+            async def back() -> None:
+                while data := await from_there.read(1 << 16):
+                    writer.write(data)
+
+            task = asyncio.create_task(back())
+            try:
+                while data := await reader.read(1 << 16):
+                    if not mute.is_set():
+                        there.write(data)
+            except ConnectionResetError:
+                pass
+            finally:
+                gone.set()
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                for each in (writer, there):
+                    each.transport.abort()
+
+        listening = await asyncio.start_server(between, "127.0.0.1", 0)
+        url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        async with (
+            listening,
+            serving(url) as server,
+            client.post(server.chat, json=prompt("anything")) as response,
+        ):
+            await response.content.readuntil(b"content_block_delta")
+            mute.set()
+            async with client.delete(server.url + response.headers["Content-Location"]) as stopped:
+                assert stopped.status == 204
+            await asyncio.wait_for(gone.wait(), 9)  # a goodbye is waited for longer
 
 
 # --- failures after the commit are events ---------------------------------------------------------------------

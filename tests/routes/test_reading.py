@@ -576,6 +576,25 @@ async def test_post_at_the_end_gets_the_end_again(server: Server, simulator: Sim
     assert simulator.stats.requests == 1
 
 
+async def test_post_with_a_cursor_has_its_body_checked_like_any_other(simulator: Simulator) -> None:
+    async with serving(simulator.url, max_body_bytes=2048) as server:
+        path, _ = await finished(server)
+        refused(await ask(server, "POST", "/api/chat", prompt("x" * 3000), Last_Event_ID=id_of(path, 1)), 413)
+        plain = {"Last_Event_ID": id_of(path, 1), "Content_Type": "text/plain"}
+        refused(await ask(server, "POST", "/api/chat", prompt("hello"), **plain), 415)
+
+
+async def test_post_with_a_cursor_and_a_large_body_is_missed_when_its_client_leaves(server: Server) -> None:
+    """A body that nobody reads stops what tells of it."""
+    path = await accepted(server, "[[tokens=100000 pace=20]]")
+    body = json.dumps(prompt("x" * (1 << 20))).encode()
+    async with await RawClient.connect(server.address) as client:
+        await client.send(request("POST", "/api/chat", body, {"Last-Event-ID": id_of(path, 1)}))
+        await client.answered()
+        await eventually(lambda: server.registry.readers == 1)
+    await eventually(lambda: server.registry.readers == 0)
+
+
 @pytest.mark.parametrize(("cursor", "status"), [(f"{ALIEN}.0", 404), (f"{ALIEN}.7", 404), ("nonsense", 400)])
 async def test_post_with_a_cursor_never_starts(server: Server, simulator: Simulator, cursor: str, status: int) -> None:
     refused(await ask(server, "POST", "/api/chat", prompt("hello"), Last_Event_ID=cursor), status)
