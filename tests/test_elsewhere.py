@@ -306,7 +306,7 @@ async def test_usage_of_a_stream_that_runs_elsewhere_is_what_its_frames_say() ->
     data = '{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}'
     stream.publish(frame("message_start", data, f"{ID}.1"), 1)
     stream.publish(frame("message_delta", '{"type":"message_delta","usage":{"output_tokens":80}}', f"{ID}.2"), 2)
-    assert stream.usage_so_far() == {"input_tokens": 25, "output_tokens": 80}
+    assert stream.usage == {"input_tokens": 25, "output_tokens": 80}
 
 
 async def test_ids_that_were_here_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ async def test_ids_that_were_here_are_not_remembered_without_bound(monkeypatch: 
             b.shared.released(f"{number:022}")
         assert len(b.shared._past) <= 10_000
         # The last ones are, and are asked for once.
-        assert await b.shared.find(f"{19_999:022}") is None
+        assert not await b.shared.bring(f"{19_999:022}")
         assert b.redis.count("LOOK") == 1
 
 

@@ -177,7 +177,7 @@ async def test_stream_that_ends_far_ahead_of_redis_is_closed_by_its_last_group_a
     whole = log.read(0, log.tail)
     async with running(bed):
         if sealed.startswith("while"):
-            await eventually(lambda: bed.redis.count("APPEND") == 1)
+            await eventually(lambda: bed.redis.count("APPEND") >= 1)
             log.seal()
         bed.redis.held.clear()
         if sealed.startswith("at"):
@@ -229,14 +229,15 @@ async def test_group_without_an_answer_is_repeated_with_the_same_boundaries(bed:
     publish(log, count=3)
     bed.redis.answers["APPEND"] = lambda _keys, _args: exceptions.TimeoutError()
     async with running(bed):
-        await eventually(lambda: bed.redis.count("APPEND") == 1)
+        await eventually(lambda: bed.redis.count("APPEND") >= 1)
         await eventually(lambda: bed.mirror.trouble == "the shared log does not answer")
         assert not await bed.mirror.settled(0)
         bed.redis.answers["APPEND"] = bed.append
         assert await bed.mirror.settled(9)
         assert bed.mirror.trouble is None
-    first, second = bed.redis.named("APPEND")
-    assert first.args == second.args
+    first, *again = bed.redis.named("APPEND")
+    assert again
+    assert all(call.args == first.args for call in again)
     assert bed.whole(log) == log.read(0, log.tail)
 
 
@@ -245,7 +246,7 @@ async def test_redis_that_has_more_than_its_answers_said_is_gone_on_from_there(b
     publish(log, count=5)
     bed.codes[log.id] = -3 - 1  # the last frame there is the third
     async with running(bed):
-        await eventually(lambda: bed.redis.count("APPEND") == 1)
+        await eventually(lambda: bed.redis.count("APPEND") >= 1)
         assert await bed.mirror.settled(9)
     [group] = bed.got[log.id]
     assert (group.before, group.last) == (3, 5)
@@ -260,10 +261,10 @@ async def test_emptied_redis_gets_everything_again_from_the_beginning(bed: Bed) 
         bed.got.clear()
         bed.codes[log.id] = scripts.MISSING
         publish(log)
-        await eventually(lambda: bed.redis.count("CREATE") == 2)
+        await eventually(lambda: bed.redis.count("CREATE") >= 2)
         assert await bed.mirror.settled(9)
     assert bed.whole(log) == log.read(0, log.tail)
-    first, second = bed.redis.named("CREATE")
+    first, *_, second = bed.redis.named("CREATE")
     assert (first.keys, first.args[4:]) == (second.keys, second.args[4:])
     assert bed.producer.told == []
 
@@ -308,7 +309,7 @@ async def test_stream_that_was_dropped_is_not_told_of_any_more(bed: Bed) -> None
     publish(log)
     bed.redis.held.add("APPEND")
     async with running(bed):
-        await eventually(lambda: bed.redis.count("APPEND") == 1)
+        await eventually(lambda: bed.redis.count("APPEND") >= 1)
         log.discard()
         bed.codes[log.id] = scripts.CLOSED
         bed.redis.held.clear()
@@ -331,6 +332,7 @@ async def test_stream_that_has_ended_is_not_renewed_once_redis_has_its_end(bed: 
         count = bed.redis.count("RENEW")
         bed.clock.now += LEASE_S
         other = bed.log(1)
+        await eventually(lambda: other.known)
         await bed.renewed()
         assert {key for call in bed.redis.named("RENEW")[count:] for key in call.keys[::3]} == {other.state_key}
 
@@ -373,7 +375,7 @@ async def test_unknown_streams_get_nothing_appended(bed: Bed) -> None:
     publish(log)
     bed.redis.held.add("CREATE")
     async with running(bed):
-        await eventually(lambda: bed.redis.count("CREATE") == 1)
+        await eventually(lambda: bed.redis.count("CREATE") >= 1)
         publish(log)
         await asyncio.sleep(0.01)
         assert bed.redis.count("APPEND") == 0
@@ -424,7 +426,7 @@ async def test_readers_elsewhere_stay_for_a_lease_after_redis_was_emptied(bed: B
         bed.elsewhere.clear()
         bed.codes[log.id] = scripts.MISSING
         publish(log)
-        await eventually(lambda: bed.redis.count("CREATE") == 2)
+        await eventually(lambda: bed.redis.count("CREATE") >= 2)
         assert await bed.mirror.settled(9)
         told = list(bed.producer.told)
         await bed.renewed(round(LEASE_S / interval_s(LEASE_S)) - 1)
@@ -507,7 +509,7 @@ async def test_stream_that_is_missing_after_this_process_stood_still_is_lost_unl
         bed.codes[log.id] = scripts.MISSING
         bed.got.clear()
         await bed.renewed()
-        await eventually(lambda: bed.redis.count("CREATE") == 2)
+        await eventually(lambda: bed.redis.count("CREATE") >= 2)
         assert await bed.mirror.settled(9)
         assert bed.whole(log) == log.read(0, log.tail)
         assert bed.producer.told == []
