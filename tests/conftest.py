@@ -73,8 +73,10 @@ async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> 
     try:
         assert runner.server is not None
         listener = await Listener.open(connections(runner.server, runner_arguments(effective)), "127.0.0.1", 0)
-        yield Server(listener.url, effective, app[REGISTRY], runner, app[DRAIN])
-        await listener.close()
+        try:
+            yield Server(listener.url, effective, app[REGISTRY], runner, app[DRAIN])
+        finally:
+            await listener.close()
     finally:
         await runner.cleanup()
 

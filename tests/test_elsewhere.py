@@ -160,7 +160,7 @@ def made(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Bed:
     upstream = SilentUpstream(NOWHERE, effective)
     b = Bed(redis, waits, upstream, Registry(effective, upstream, Shared), effective)
     redis.answers = {
-        "CREATE": lambda keys, _args: [1] * (len(keys) // 3),
+        "CREATE": lambda keys, _args: [1] * (len(keys) // 4),
         "APPEND": lambda keys, _args: [scripts.OK] * (len(keys) // 2),
         "RENEW": b.renew,
         "ATTEND": b.attend,

@@ -95,10 +95,10 @@ class Bed:
         return code
 
     def create(self, keys: list[Any], _args: list[Any]) -> Any:
-        for key in keys[::3]:
+        for key in keys[::4]:
             if self.codes.get(stream_id := self._id(key)) == scripts.MISSING:
                 del self.codes[stream_id]
-        return [1] * (len(keys) // 3)
+        return [1] * (len(keys) // 4)
 
     def append(self, keys: list[Any], args: list[Any]) -> Any:
         said = []
