@@ -60,6 +60,21 @@ async def test_body_that_breaks_in_its_first_packet_is_refused_at_once(server: S
         assert await connection.rest() == b""
 
 
+async def test_body_that_breaks_behind_all_that_was_needed_starts_nothing(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may go on with anything: what came is not what was sent."""
+    question = json.dumps(prompt("[[tokens=3]]")).encode()
+    async with connected(server.address) as connection:
+        await connection.send(HEAD + b"%x\r\n%b\r\n" % (len(question), question))
+        await eventually(lambda: server.registry.bodies.used > 0)
+        await connection.send(b"zz\r\n")
+        is_refusal(await connection.answer())
+        assert await connection.rest() == b""
+    assert server.registry.generations == 0
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
 async def test_body_that_breaks_behind_a_request_that_runs_is_told_of_after_it(server: Server) -> None:
     async with connected(server.address) as connection:
         question = json.dumps(prompt("[[tokens=3]]")).encode()

@@ -304,6 +304,17 @@ async def test_stop_that_somebody_asked_for_elsewhere_reaches_the_producer(bed: 
     assert set(bed.producer.told) == {("stop", log.id)}
 
 
+async def test_append_that_brings_a_stop_counts_as_taken(bed: Bed) -> None:
+    """The rest, its end above all, would never follow."""
+    log = bed.log()
+    publish(log)
+    bed.codes[log.id] = scripts.STOP
+    bed.redis.held.add("RENEW")
+    async with running(bed):
+        assert await bed.mirror.settled(9)
+        assert len(bed.got[log.id]) == 1
+
+
 async def test_stream_that_was_dropped_is_not_told_of_any_more(bed: Bed) -> None:
     log, other = bed.log(1), bed.log(2)
     publish(log)

@@ -603,6 +603,19 @@ async def test_request_of_our_own_page_or_of_no_page_is_answered(simulator: Simu
     assert "Access-Control-Allow-Origin" not in answer.headers
 
 
+@pytest.mark.parametrize("origin", ["null", "", "http://", "https://", "file://", "//"])
+@pytest.mark.parametrize("host", [None, ""], ids=["no host", "empty host"])
+async def test_page_without_a_host_is_none_of_ours_where_no_host_is_named(
+    simulator: Simulator, origin: str, host: str | None
+) -> None:
+    """Also where everybody may ask: any page can make its origin `null`."""
+    async with serving(simulator.url, open=True) as server, connected(server.address) as connection:
+        fields = {"Host": host, "Origin": origin}
+        await connection.send(request("POST", "/api/chat", body(), fields, version="HTTP/1.0"))
+        refused(await connection.answer(), 403, "Origin")
+        untouched(server, simulator)
+
+
 @pytest.mark.parametrize("host", ["localhost:3000", "127.0.0.1:3000", "[::1]:3000", "127.0.0.1"])
 async def test_request_of_a_page_of_this_machine_is_answered(server: Server, host: str) -> None:
     assert (await post(server, body(), Host=host, Origin=f"http://{host}")).status == 200
