@@ -6,13 +6,13 @@ Time is the test's own: it jumps to whatever is due next, so that nothing depend
 from __future__ import annotations
 
 import asyncio
-import selectors
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jumping import Loop
 from redis import exceptions
 
 from aisse.errors import LogUnavailableError
@@ -27,27 +27,6 @@ FOREVER = 1e9
 
 # An id is asked for again after 20 ms, then after twice the time: at 0, 20, 40, 80, 160 and for the last time at 270.
 LOOKS = 6
-
-
-class Jumps(selectors.SelectSelector):
-    """Waits for no time, but notes that it went by."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None and not self.get_map():
-            raise AssertionError("everybody waits, and nothing will come")
-        self.now += timeout or 0.0
-        return super().select(0)
-
-
-class Loop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumps = Jumps()
-        super().__init__(self._jumps)
-
-    def time(self) -> float:
-        return self._jumps.now
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
