@@ -93,6 +93,8 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.visit = visit
         self.stalled = False
+        self.answered: float | None = None
+        """When the first byte was written."""
         self._instance = instance
         self._loop = asyncio.get_running_loop()
         self._waiting = bytearray()
@@ -135,6 +137,8 @@ class Wire(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         if not self._closing:
+            if self.answered is None:
+                self.answered = self._loop.time()
             self._waiting += data
             self._move()
 
@@ -784,13 +788,18 @@ class Fleet:
             told.visits.append(visit)
         told.brake = None
         if visit.kind == "later":
-            told.expected_until = max(told.expected_until, self.loop.time() + FIRST_READER_S)
+            # A client that takes nothing hears of it late.
+            assert visit.wire is not None
+            assert visit.wire.answered is not None
+            told.expected_until = max(told.expected_until, visit.wire.answered + FIRST_READER_S)
         elif visit.kind == "get":
             told.expected_until = 0.0
 
     def moved(self, stream: str, visit: Visit) -> None:
         """Who was told to come back elsewhere is waited for, from when it was told; it may hear of it later."""
         told = self.streams[stream]
+        if told.generation is None or visit.instance is not told.generation.instance:
+            return  # its producer does not hear of that: its leave time alone holds
         since = max(visit.instance.drained_at or 0.0, visit.asked)
         told.moved_until = max(told.moved_until, since + COME_BACK_S)
 
