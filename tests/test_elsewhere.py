@@ -31,7 +31,7 @@ from aisse.stream import Reason, Stream, ending
 from aisse.upstream import Upstream, UpstreamResponse
 
 sys.path.insert(0, str(Path(__file__).parent / "replay"))
-from fake_redis import FakeRedis
+from fake_client import FakeRedis
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

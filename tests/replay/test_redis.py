@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conftest import eventually
-from fake_redis import Clock, FakeRedis
+from fake_client import Clock, FakeRedis
 from redis import exceptions
 
 from aisse.replay import redis as mirror_module

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conftest import eventually
-from fake_redis import Clock, FakeRedis
+from fake_client import Clock, FakeRedis
 from redis import exceptions
 from structlog.testing import capture_logs
 
