@@ -323,6 +323,7 @@ class Tailer:
             except Exception as error:
                 self._troubles.met("attend", error)
                 failures += 1
+                due = 0.0  # a turn in which nothing is asked would look as if Redis were well
             else:
                 self._troubles.over("attend")
                 failures = 0

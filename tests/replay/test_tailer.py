@@ -393,6 +393,18 @@ async def test_answers_are_doubtful_while_redis_does_not_answer(bed: Bed) -> Non
         await eventually(lambda: bed.tailer.trouble is None)
 
 
+async def test_trouble_lasts_until_redis_has_answered(bed: Bed) -> None:
+    """It is asked again for the trouble's sake: nothing else is due."""
+    async with running(bed):
+        await bed.attended()
+        bed.redis.answers["ATTEND"] = lambda _keys, _args: exceptions.ConnectionError()
+        await bed.attended()
+        await eventually(lambda: bed.tailer.trouble is not None)
+        before = bed.redis.count("ATTEND")
+        await eventually(lambda: bed.redis.count("ATTEND") >= before + 2)
+        assert bed.tailer.trouble is not None
+
+
 # --- who is lost --------------------------------------------------------------------------------------------------
 
 
