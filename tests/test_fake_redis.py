@@ -51,7 +51,8 @@ def created(draw: st.DrawFn) -> Call:
     args: list[object] = [draw(token), draw(lease_ms), LONG_MS, LONG_MS]
     for each in draw(some):
         key = draw(st.sampled_from([None, *DIGESTS]))
-        keys += (state_key(each), entries_key(each), claim_key(key) if key else state_key(each))
+        keys += (state_key(each), entries_key(each), withdrawn_key(each))
+        keys.append(claim_key(key) if key else state_key(each))
         args += (each, 5, "d" if key else "")
     return evaluate(scripts.CREATE, keys, *args)
 
@@ -108,15 +109,15 @@ def claimed(digest: str, stream: str, request: str, token: str, lease_ms: int) -
     return evaluate(scripts.CLAIM, keys, prefix, stream, request, token, lease_ms, LONG_MS, LONG_MS, 7)
 
 
-def withdrawn(stream: str, digest: str | None, on_its_way: bool) -> Call:
+def withdrawn(stream: str, digest: str | None) -> Call:
     keys = [state_key(stream), entries_key(stream), withdrawn_key(stream)] + ([claim_key(digest)] if digest else [])
-    return evaluate(scripts.WITHDRAW, keys, stream, LONG_MS if on_its_way else 0)
+    return evaluate(scripts.WITHDRAW, keys, stream, LONG_MS)
 
 
 # Most calls do something only where there is a stream.
 THERE = evaluate(
     scripts.CREATE,
-    [state_key(STREAMS[0]), entries_key(STREAMS[0]), state_key(STREAMS[0])],
+    [state_key(STREAMS[0]), entries_key(STREAMS[0]), withdrawn_key(STREAMS[0]), state_key(STREAMS[0])],
     *("t1", LONG_MS, LONG_MS, LONG_MS, STREAMS[0], 5, ""),
 )
 
@@ -131,7 +132,7 @@ calls = st.one_of(
     st.builds(buried, stream, seq, st.booleans()),
     st.builds(looked, st.sampled_from([scripts.LOOK, scripts.STOP_ASKED]), some),
     st.builds(claimed, digest, stream, st.sampled_from(["d", "e"]), token, lease_ms),
-    st.builds(withdrawn, stream, st.none() | digest, st.booleans()),
+    st.builds(withdrawn, stream, st.none() | digest),
     st.builds(lambda: ("PEXPIRE", instance_key("t1"), LONG_MS)),
     st.builds(lambda: ("SET", instance_key("t1"), 1, "PX", LONG_MS)),
     st.builds(lambda each, after: ("XRANGE", entries_key(each), f"({after}-0", "+", "COUNT", 2), stream, seq),
