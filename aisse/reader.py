@@ -69,7 +69,6 @@ class StreamResponse(EventSourceResponse):
         self.headers[hdrs.CONTENT_LOCATION] = stream_url(stream_id, settings)
         # Without it a client cannot know how much silence is too much.
         self.headers["Aisse-Heartbeat"] = f"{settings.heartbeat_s:g}"
-
         self._ends_with_connection: socket.socket | None = None
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
