@@ -273,8 +273,11 @@ class Shared:
 
     # What other instances say.
 
-    def read_elsewhere(self, stream_id: str, instances: int, position: int) -> None:
-        """So many other instances have readers of the stream, the furthest of which has got up to `position`."""
+    def read_elsewhere(self, stream_id: str, instances: int, position: int, *, stalled: bool) -> None:
+        """So many other instances have readers of the stream, the furthest of which has got up to `position`.
+
+        `stalled` if the last one there left with bytes waiting for it.
+        """
         if (stream := self._own.get(stream_id)) is None:
             return
         # First: who has taken everything before it left was no brake.
@@ -282,13 +285,19 @@ class Shared:
         if instances:
             stream.attach(self._elsewhere.setdefault(stream_id, Elsewhere()))
         else:
-            self.nobody_elsewhere(stream)
+            self.nobody_elsewhere(stream, stalled=stalled)
 
-    def nobody_elsewhere(self, stream: Stream) -> None:
+    def moved_elsewhere(self, stream_id: str, within_s: float) -> None:
+        """Readers that other instances have moved may come back within so many seconds."""
+        if (stream := self._own.get(stream_id)) is not None:
+            stream.moved_until = max(stream.moved_until, asyncio.get_running_loop().time() + within_s)
+
+    def nobody_elsewhere(self, stream: Stream, *, stalled: bool = False) -> None:
         """Other instances have no readers of it, or it has ended and they do without it."""
         if (elsewhere := self._elsewhere.pop(stream.id, None)) is not None:
-            # Who was the brake is so until the stream is read again, as one who leaves here.
-            stream.detach(elsewhere, stalled=stream.holds_back)
+            # Who was the brake is so until the stream is read again, as one who leaves here. Of readers whose instance
+            # died nobody says whether they stalled.
+            stream.detach(elsewhere, stalled=stalled or stream.holds_back)
 
     def stop_asked(self, stream_id: str) -> None:
         """Somebody asked another instance to stop the stream."""

@@ -133,7 +133,7 @@ class Bed:
 
     def attend(self, keys: list[Any], args: list[Any]) -> Any:
         said: list[Any] = [1000]
-        for stream_id, read in zip(self._ids(keys, 2), args[2::2], strict=True):
+        for stream_id, read in zip(self._ids(keys, 2), args[2::4], strict=True):
             self.read_here[stream_id] = read == 1
             said += (1000, 0, 0)
         return said
@@ -144,7 +144,7 @@ class Bed:
     def renew(self, keys: list[Any], _args: list[Any]) -> Any:
         said: list[int] = []
         for stream_id in self._ids(keys, 3):
-            said += (scripts.OK, *self.elsewhere.get(stream_id, (0, 0)))
+            said += (scripts.OK, *self.elsewhere.get(stream_id, (0, 0)), 0, 0)
         return said
 
 
@@ -359,9 +359,37 @@ async def test_readers_elsewhere_hold_a_stream_as_readers_here_do(monkeypatch: p
         stream.publish(frame("content_block_delta", "x" * 5000, f"{stream.id}.2"), 2)
         assert held(stream)
         # Gone while they held it back: it stands until it is read again, and does not run on into the memory.
-        b.shared.read_elsewhere(stream.id, 0, 0)
+        b.shared.read_elsewhere(stream.id, 0, 0, stalled=False)
         assert stream.readers == 0
         assert held(stream)
+
+
+async def test_reader_elsewhere_that_stalled_before_it_held_the_stream_back_is_its_brake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with bed(monkeypatch, read_ahead_bytes=4096, receive_buffer_bytes=4096) as b:
+        for stalled in (True, False):
+            stream = b.create(leave_s=60)
+            b.elsewhere[stream.id] = 1, 0
+            await eventually(lambda stream=stream: stream.readers == 1)  # type: ignore[misc]
+            stream.publish(frame("content_block_delta", "x" * 500, f"{stream.id}.1"), 1)
+            assert not held(stream)
+            b.shared.read_elsewhere(stream.id, 0, 0, stalled=stalled)
+            assert stream.readers == 0
+            stream.publish(frame("content_block_delta", "x" * 5000, f"{stream.id}.2"), 2)
+            assert held(stream) is stalled
+
+
+async def test_time_of_readers_that_others_have_moved_is_never_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bed(monkeypatch) as b:
+        stream = b.create(leave_s=0)
+        now = asyncio.get_running_loop().time()
+        b.shared.moved_elsewhere(stream.id, 12.0)
+        b.shared.moved_elsewhere(stream.id, 3.0)
+        b.shared.moved_elsewhere("unknown", 3.0)
+        Reading(stream).leave()
+        assert stream.reason is None
+        assert now + 12 <= (stream.leaves_at or 0) < now + 13
 
 
 def held(stream: Stream) -> bool:

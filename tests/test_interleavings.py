@@ -640,13 +640,28 @@ class Told:
     leave_s: float
     told: float
     expected_until: float = 0.0
-    moved_until: float = 0.0
+    moves: list[tuple[Instance, float]] = field(default_factory=list)
+    """Which instance has moved readers, and when it told them."""
     brake: int | None = None
     """How far it had been read when its last reader left, who had been the brake."""
+    stalled: bool = False
+    """Its last reader left with bytes waiting for it."""
     ends: dict[Frame, list[Visit]] = field(default_factory=dict)
     ended: float | None = None
     frames: dict[int, Frame] = field(default_factory=dict)
     visits: list[Visit] = field(default_factory=list)
+
+    @property
+    def moved_until(self) -> float:
+        """So long readers that were moved are waited for, wherever they were."""
+        producer = self.generation.instance if self.generation is not None else None
+        told = [
+            at
+            for instance, at in self.moves
+            # One that dies at once has told nobody.
+            if instance is producer or not instance.dead or (instance.died or at) >= at + HEARD_S
+        ]
+        return max(told) + COME_BACK_S if told else 0.0
 
     def story(self, generation: Generation | None) -> str:
         """Who read it, for whoever reads of a failure."""
@@ -787,6 +802,7 @@ class Fleet:
         if visit not in told.visits:
             told.visits.append(visit)
         told.brake = None
+        told.stalled = False
         if visit.kind == "later":
             # A client that takes nothing hears of it late.
             assert visit.wire is not None
@@ -798,10 +814,12 @@ class Fleet:
     def moved(self, stream: str, visit: Visit) -> None:
         """Who was told to come back elsewhere is waited for, from when it was told; it may hear of it later."""
         told = self.streams[stream]
-        if told.generation is None or visit.instance is not told.generation.instance:
-            return  # its producer does not hear of that: its leave time alone holds
         since = max(visit.instance.drained_at or 0.0, visit.asked)
-        told.moved_until = max(told.moved_until, since + COME_BACK_S)
+        # Of a reader elsewhere its producer has to have heard before.
+        if told.generation is not None and (
+            visit.instance is told.generation.instance or since - (visit.attached or since) >= HEARD_S
+        ):
+            told.moves.append((visit.instance, since))
 
     def got(self, stream: str, frame: Frame) -> None:
         told = self.streams[stream]
@@ -846,9 +864,14 @@ class Fleet:
         producer = told.generation.instance
         stream = producer.registry.get(told.id)
         # Elsewhere it has to be known as a reader, and how far it is.
-        heard = visit.instance is producer or self.loop.time() - visit.asked >= 2 * HEARD_S
-        if stream is not None and visit.wire.full and stream.holds_back and heard and not producer.draining:
-            told.brake = stream.log.tail
+        now = self.loop.time()
+        heard = visit.instance is producer or now - visit.asked >= 2 * HEARD_S
+        if stream is not None and visit.wire.full and heard and not producer.draining:
+            if stream.holds_back:
+                told.brake = stream.log.tail
+            # Who left a moment ago, elsewhere, may be heard of later.
+            others = [each for each in told.visits if each.instance is not visit.instance]
+            told.stalled = all(each.left is not None and now - each.left >= HEARD_S for each in others)
 
     def told_of(self, generation: Generation) -> Told | None:
         return next((told for told in self.streams.values() if told.generation is generation), None)
@@ -867,7 +890,7 @@ class Fleet:
         now = self.loop.time()
         here = [visit for visit in told.visits if visit.left is None and visit.status == 200]
         known = [v for v in here if v.instance is generation.instance or now - (v.attached or now) >= HEARD_S]
-        if not known or generation.instance.draining:
+        if not (known or told.stalled) or generation.instance.draining:
             return
         reached = max(stream.log.position_after(min(visit.client.seq, stream.log.last_seq)) for visit in told.visits)
         # What waits for a socket counts as read, and so does what an instance that follows has got for it.
@@ -1043,6 +1066,20 @@ class Interleavings(RuleBasedStateMachine):
         """It takes nothing, or goes on with it."""
         client = pick(self.here, which)
         self.fleet.wait(wait, partial(client.stall, stalled=not client.stalled))
+
+    @precondition(lambda self: self.here)
+    @rule(which=WHICH, before=st.sampled_from([2, 3, 12]), heard_s=st.sampled_from([0.3, HEARD_S, 3 * HEARD_S]))
+    def stall_and_leave(self, which: int, before: int, heard_s: float) -> None:
+        """It takes nothing while the upstream has much to say, and goes."""
+        client = pick(self.here, which)
+        told = self.fleet.streams.get(client.stream or "")
+        if told is not None and (generation := told.generation) is not None and generation.runs:
+            self.fleet.wait(heard_s)
+            if client.visit is not None:
+                self.fleet.wait(0.3, partial(client.stall, stalled=True), partial(generation.say, before, 3000))
+            self.fleet.wait(HEARD_S, client.leave)
+            if generation.runs:
+                self.fleet.wait(0.3, partial(generation.say, 20, 3000))
 
     @precondition(lambda self: self.fleet.streams)
     @rule(which=WHICH, at=AT, wait=WAIT)

@@ -624,6 +624,27 @@ async def test_drain_moves_readers_and_goes_on_generating_for_them(redis: Redis)
         assert f.generations == 1
 
 
+async def test_readers_moved_by_an_instance_that_only_follows_have_their_time(redis: Redis) -> None:
+    """Their stream would end with the last of them, under `cancel`, before they are where they were sent."""
+    async with fleet(redis.url, drain_s=60, count=3) as f:
+        path = await f.ask(0, "[[tokens=5000 pace=50]]", Aisse_On_Leave="cancel")
+        stream = f.instances[0].registry.get(path[-22:])
+        assert stream is not None
+        async with await RawClient.connect(f.instances[1].address) as moved:
+            await moved.get(path)
+            await moved.answered()
+            await eventually(lambda: stream.readers == 1)
+            assert stream.moved_until == 0
+            await f.instances[1].drain.run()
+            await moved.read_to_end()
+        await eventually(lambda: stream.readers == 0)
+        assert stream.reason is None
+        assert (stream.leaves_at or 0) > asyncio.get_running_loop().time() + 5
+        async with f.get(2, path, moved.written.frames[-1].seq) as back:
+            assert back.status == 200
+            await back.content.readuntil(b"\n\n")
+
+
 async def test_late_joiner_leaves_those_their_time_that_were_moved(redis: Redis) -> None:
     async with fleet(redis.url, drain_s=60) as f:
         path = await f.ask(0, "[[tokens=5000 pace=50]]", Aisse_On_Leave="cancel")
@@ -1278,6 +1299,39 @@ async def test_slow_reader_elsewhere_that_leaves_still_holds_the_upstream_back(r
         assert stream.holds_back
         assert stream._gate is not None
         assert not stream._gate.done()
+
+
+async def test_reader_elsewhere_that_stalls_and_leaves_early_holds_the_upstream_back_too(redis: Redis) -> None:
+    """Before it did so while it was there."""
+    said = asyncio.Event()
+    left = asyncio.Event()
+
+    async def flood(_request: Request, connection: Connection) -> None:
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
+        connection.send(head(), chunk(message_start()))
+        await said.wait()
+        for _ in range(20):
+            connection.send(chunk(delta("x" * 9000)))
+        await left.wait()
+        while not connection.lost.is_set():
+            connection.send(chunk(delta("x" * 9000)))
+            await connection.drain()
+
+    options: dict[str, Any] = {"stall_s": 60, "read_ahead_bytes": "1MiB", "write_buffer_bytes": 4096}
+    async with raw_upstream(flood) as llm, fleet(redis.url, upstream=llm.url, **options) as f:
+        path = await f.ask(0, "hello", Aisse_On_Leave="60")
+        stream = f.instances[0].registry._running[path[-22:]]
+        async with await RawClient.connect(f.instances[1].address, receive_buffer_bytes=4096) as slow:
+            await slow.get(path)
+            await slow.answered()
+            await eventually(lambda: stream.readers == 1)
+            said.set()
+            await eventually(lambda: f.seq(1, path) == 21)
+            assert not stream.holds_back
+        await eventually(lambda: stream.readers == 0)
+        left.set()
+        await eventually(lambda: stream.holds_back)
+        assert stream.log.tail < 2 << 20
 
 
 async def test_reader_elsewhere_that_leaves_has_read_what_it_got(redis: Redis) -> None:

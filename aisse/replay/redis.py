@@ -51,8 +51,14 @@ _log = structlog.get_logger("aisse.replay")
 class Producer(Protocol):
     """Who generates the streams. Called synchronously; a stream that has ended meanwhile is to be ignored."""
 
-    def read_elsewhere(self, stream_id: str, instances: int, position: int) -> None:
-        """So many other instances have readers of the stream, the furthest of which has got up to `position`."""
+    def read_elsewhere(self, stream_id: str, instances: int, position: int, *, stalled: bool) -> None:
+        """So many other instances have readers of the stream, the furthest of which has got up to `position`.
+
+        `stalled` if the last one there left with bytes waiting for it.
+        """
+
+    def moved_elsewhere(self, stream_id: str, within_s: float) -> None:
+        """Readers that other instances have moved may come back within so many seconds."""
 
     def stop_asked(self, stream_id: str) -> None:
         """Somebody asked another instance to stop the stream."""
@@ -439,15 +445,19 @@ class Mirror:
                 args=[self.token, self._lease_ms, self._keep_ms],
             )
             lost = []
-            for log, code, instances, position in zip(some, said[::3], said[1::3], said[2::3], strict=True):
+            for log, code, instances, position, moved_ms, stalled in zip(
+                some, *(said[each::5] for each in range(5)), strict=True
+            ):
                 if log.gone or log.id not in self._logs:
                     continue
+                if moved_ms:  # first: where they were the last readers, only this keeps the stream
+                    self._producer.moved_elsewhere(log.id, moved_ms / 1000)
                 if self._heed(log, code):
                     lost.append(log)
                 elif instances or (log.read_elsewhere and code in {scripts.OK, scripts.STOP} and steady):
                     log.read_elsewhere = instances > 0
                     (self._elsewhere.add if instances else self._elsewhere.discard)(log)
-                    self._producer.read_elsewhere(log.id, instances, min(position, log.tail))
+                    self._producer.read_elsewhere(log.id, instances, min(position, log.tail), stalled=bool(stalled))
             await self._give_up(lost)
 
     # --- trouble ----------------------------------------------------------------------------------------------

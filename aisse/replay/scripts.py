@@ -5,8 +5,10 @@ and its readers (a sorted set of instances by the time until which each counts).
 tag, so that scripts may touch them together also in a Cluster; the bucket is the id's first character, one of 64.
 
 The state: `owner` (the producer's token), `last` (number of the last frame), `until` (when the lease lapses),
-`created`, `closed` (who ended it; unset while it runs), `ended`, `stop` (somebody asked for it), `far` (position up to
-which some reader elsewhere has got). Times are Redis's own, in milliseconds: instances' clocks are not compared.
+`created`, `closed` (who ended it; unset while it runs), `ended`, `stop` (somebody asked for it); and of its readers
+elsewhere `far` (position up to which some have got), `moved` (until when those that were moved may come back) and
+`stalled` (the last one left with bytes waiting for it). Times are Redis's own, in milliseconds: instances' clocks are
+not compared.
 """
 
 from __future__ import annotations
@@ -126,11 +128,12 @@ RENEW = (
     + _NOW
     + """
 -- KEYS: state, entries and readers of each stream. ARGV: token, lease ms, keep ms.
--- Returns three numbers of each stream: as APPEND, instances that read it, position up to which those have got.
+-- Returns five numbers of each stream: as APPEND, instances that read it, position up to which those have got, for how
+-- many ms readers that were moved there may come back, whether the last reader there left with bytes waiting for it.
 local said = {}
 for i = 1, #KEYS, 3 do
   local state = KEYS[i]
-  local known = redis.call('HMGET', state, 'owner', 'closed', 'stop', 'far')
+  local known = redis.call('HMGET', state, 'owner', 'closed', 'stop', 'far', 'moved', 'stalled')
   local code, count = 0, 0
   if known[1] ~= ARGV[1] then
     code = 2
@@ -143,7 +146,9 @@ for i = 1, #KEYS, 3 do
     count = redis.call('ZCOUNT', KEYS[i + 2], now, '+inf')
     if known[3] then code = 1 end
   end
-  said[i], said[i + 1], said[i + 2] = code, count, tonumber(known[4] or 0)
+  local moved = math.max(0, tonumber(known[5] or 0) - now)
+  local far, stalled = tonumber(known[4] or 0), known[6] and 1 or 0
+  for _, each in ipairs({code, count, far, moved, stalled}) do said[#said + 1] = each end
 end
 return said
 """
@@ -154,21 +159,25 @@ ATTEND = (
     + _NOW
     + """
 -- KEYS: state and readers of each stream. ARGV: instance, for how many ms it counts; of each stream whether it is
--- read, and the position up to which it was. Returns the time; of each stream the milliseconds that its lease lasts
--- (false: it is not known), the number of its last frame, and whether it has ended, or was withdrawn.
+-- read, the position up to which it was, for how many ms readers that were moved may come back, and whether the last
+-- one left with bytes waiting for it. Returns the time; of each stream the milliseconds that its lease lasts (false: it
+-- is not known), the number of its last frame, and whether it has ended, or was withdrawn.
 local said = {now}
 for i = 1, #KEYS, 2 do
   local state, readers = KEYS[i], KEYS[i + 1]
-  local known = redis.call('HMGET', state, 'until', 'last', 'closed', 'far')
+  local known = redis.call('HMGET', state, 'until', 'last', 'closed', 'far', 'moved')
   local at = #said + 1
   if known[1] then
-    if ARGV[i + 2] == '1' then
+    local read, far, moved, stalled = ARGV[2 * i + 1], ARGV[2 * i + 2], now + ARGV[2 * i + 3], ARGV[2 * i + 4]
+    if read == '1' then
       redis.call('ZADD', readers, now + ARGV[2], ARGV[1])
       redis.call('PEXPIRE', readers, ARGV[2])
-    else
-      redis.call('ZREM', readers, ARGV[1])
+      redis.call('HDEL', state, 'stalled')
+    elseif redis.call('ZREM', readers, ARGV[1]) == 1 and stalled == '1' then
+      redis.call('HSET', state, 'stalled', 1)
     end
-    if tonumber(ARGV[i + 3]) > tonumber(known[4] or 0) then redis.call('HSET', state, 'far', ARGV[i + 3]) end
+    if tonumber(far) > tonumber(known[4] or 0) then redis.call('HSET', state, 'far', far) end
+    if moved > math.max(now, tonumber(known[5] or 0)) then redis.call('HSET', state, 'moved', moved) end
     said[at], said[at + 1], said[at + 2] = known[1] - now, tonumber(known[2]), known[3] and 1 or 0
   else
     said[at], said[at + 1], said[at + 2] = false, 0, redis.call('EXISTS', (state:gsub(':state$', ':withdrawn')))

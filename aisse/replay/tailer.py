@@ -53,6 +53,10 @@ class Follower(Protocol):
 
     id: str
     log: Log
+    moved_until: float
+    """Until then readers that were moved from here may come back, on the loop's clock."""
+    last_reader_stalled: bool
+    """Whether the reader that left last had bytes waiting for it."""
 
     @property
     def reason(self) -> object:
@@ -354,9 +358,11 @@ class Tailer:
     async def _look_after(self, some: list[_Followed], *, about_to_be_read: bool = False) -> None:
         args: list[Any] = [self._instance, self._lease_ms]
         positions = [each.stream.furthest for each in some]
+        now = asyncio.get_running_loop().time()
         for each, position in zip(some, positions, strict=True):
             here = self._followed.get(each.entries.encode()) is each
             args += (int(here and (about_to_be_read or each.stream.readers > 0)), position)
+            args += (max(0, round((each.stream.moved_until - now) * 1000)), int(each.stream.last_reader_stalled))
         begun = time.monotonic()
         if begun - self._attended > max(self._lease_s, PROMPT_S):
             self._steady_since = begun  # it was we who stood still

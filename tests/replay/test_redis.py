@@ -43,8 +43,11 @@ class Producer:
         self.told: list[tuple[Any, ...]] = []
         self.holding: set[str] = set()
 
-    def read_elsewhere(self, stream_id: str, instances: int, position: int) -> None:
-        self.told.append(("read", stream_id, instances, position))
+    def read_elsewhere(self, stream_id: str, instances: int, position: int, *, stalled: bool) -> None:
+        self.told.append(("read", stream_id, instances, position, *["stalled"] * stalled))
+
+    def moved_elsewhere(self, stream_id: str, within_s: float) -> None:
+        self.told.append(("moved", stream_id, within_s))
 
     def stop_asked(self, stream_id: str) -> None:
         self.told.append(("stop", stream_id))
@@ -68,6 +71,8 @@ class Bed:
     codes: dict[str, int] = field(default_factory=dict)
     """What APPEND or RENEW says of a stream the next time; that it is missing until it is created."""
     elsewhere: dict[str, tuple[int, int]] = field(default_factory=dict)
+    moved_ms: int = 0
+    stalled: bool = False
     got: dict[str, list[Group]] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     """Bytes of frames in each append."""
@@ -117,7 +122,7 @@ class Bed:
         said: list[int] = []
         for key in keys[::3]:
             stream_id = self._id(key)
-            said += (self._code(stream_id), *self.elsewhere.get(stream_id, (0, 0)))
+            said += (self._code(stream_id), *self.elsewhere.get(stream_id, (0, 0)), self.moved_ms, int(self.stalled))
         return said
 
     def _id(self, state_key: bytes) -> str:
@@ -412,6 +417,40 @@ async def test_readers_elsewhere_are_told_of_until_they_have_left(bed: Bed) -> N
         told = len(bed.producer.told)
         await bed.renewed(2)
         assert len(bed.producer.told) == told  # once
+
+
+async def test_readers_that_others_have_moved_are_told_of_before_they_are_gone(bed: Bed) -> None:
+    """Where they were the last ones only that keeps the stream for them."""
+    log = bed.log()
+    publish(log)
+    async with running(bed):
+        assert await bed.mirror.settled(9)
+        bed.clock.now += 2 * LEASE_S
+        bed.elsewhere[log.id] = 1, 17
+        await bed.renewed()
+        bed.elsewhere.clear()
+        bed.moved_ms = 2500
+        await bed.renewed()
+        assert bed.producer.told[-2:] == [("moved", log.id, 2.5), ("read", log.id, 0, 0)]
+        # While Redis may not know of those that are there, too.
+        bed.producer.told.clear()
+        bed.mirror._steady_since = bed.clock.now
+        await bed.renewed()
+        assert bed.producer.told == [("moved", log.id, 2.5)]
+
+
+async def test_reader_that_left_elsewhere_with_bytes_waiting_is_told_of(bed: Bed) -> None:
+    log = bed.log()
+    publish(log)
+    async with running(bed):
+        assert await bed.mirror.settled(9)
+        bed.clock.now += 2 * LEASE_S
+        bed.elsewhere[log.id] = 1, 5
+        await bed.renewed()
+        bed.elsewhere[log.id] = 0, 5
+        bed.stalled = True
+        await bed.renewed()
+        assert bed.producer.told[-1] == ("read", log.id, 0, 5, "stalled")
 
 
 async def test_position_elsewhere_counts_no_further_than_the_tail(bed: Bed) -> None:

@@ -39,6 +39,8 @@ class Follower:
         self.reason: object = None
         self.furthest = 0
         self.readers = 1
+        self.moved_until = 0.0
+        self.last_reader_stalled = False
         self.ends: list[tuple[bytes, int]] = []
 
     def publish(self, frames: bytes, last_seq: int) -> None:
@@ -75,9 +77,10 @@ class Follower:
 
 @dataclass
 class Said:
-    """What one call told Redis of the streams in it: whether each is read here, and how far."""
+    """What one call told Redis of the streams in it: whether each is read here, and how far; and of those that left."""
 
     about: dict[str, tuple[bool, int]]
+    left: dict[str, tuple[int, bool]]
 
 
 @dataclass
@@ -111,13 +114,14 @@ class Bed:
 
     def attend(self, keys: list[Any], args: list[Any]) -> Any:
         said: list[Any] = [1000]
-        about = {}
-        for key, read, position in zip(keys[::2], args[2::2], args[3::2], strict=True):
+        about, left = {}, {}
+        for key, read, position, moved_ms, stalled in zip(keys[::2], *(args[at::4] for at in range(2, 6)), strict=True):
             stream_id = key.removesuffix(":state").rpartition(":")[2]
             about[stream_id] = (read == 1, position)
+            left[stream_id] = (moved_ms, stalled == 1)
             left_ms = self.left_ms.get(stream_id, 1000)
             said += (left_ms, self.last_seq.get(stream_id, 0), int(stream_id in self.ended))
-        self.said.append(Said(about))
+        self.said.append(Said(about, left))
         return said
 
     def bury(self, keys: list[Any], _args: list[Any]) -> Any:
@@ -318,6 +322,24 @@ async def test_leaving_waits_for_no_redis(bed: Bed) -> None:
     bed.tailer.follow(Follower())
     async with asyncio.timeout(5):
         await bed.tailer.leave()
+
+
+async def test_readers_that_left_are_told_of_with_their_leaving(bed: Bed) -> None:
+    """Told of later, their producer would have ended what they are to come back to, or read on without its brake."""
+    follower = Follower()
+    bed.tailer.follow(follower)
+    async with running(bed):
+        await bed.attended()
+        assert bed.said[-1].left[follower.id] == (0, False)
+        follower.moved_until = asyncio.get_running_loop().time() + 12
+        follower.last_reader_stalled = True
+        follower.readers = 0
+        bed.tailer.unfollow(follower)
+        await bed.attended()
+        assert bed.about(follower)[-1] == (False, 0)
+        moved_ms, stalled = bed.said[-1].left[follower.id]
+        assert 11_000 < moved_ms <= 12_000
+        assert stalled
 
 
 async def test_stream_that_is_about_to_be_read_counts_as_read_and_comes_at_once(bed: Bed) -> None:
