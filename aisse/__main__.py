@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command that the process's arguments name; see `aisse.cli.main`.
+    """Runs the command that the process's arguments name; see `aisse.commands.cli.main`.
 
     Until a command has handlers of its own, Ctrl-C ends the process as if it were no Python: by the signal, and without
     a traceback of wherever it was.
@@ -18,7 +18,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    from aisse import cli  # noqa: PLC0415 - not before what is above
+    from aisse.commands import cli  # noqa: PLC0415 - not before what is above
 
     cli.main()
 

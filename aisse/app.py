@@ -11,15 +11,15 @@ import structlog
 from aiohttp import hdrs, web
 
 import aisse
-from aisse.connection import SERVER, connections
-from aisse.drain import Drain
 from aisse.errors import ConfigError, DrainingError, RequestError, StreamError, error_body
-from aisse.listener import Listener
-from aisse.registry import Registry
 from aisse.routes import chat, operations, pages
+from aisse.service.connection import SERVER, connections
+from aisse.service.drain import Drain
+from aisse.service.listener import Listener
+from aisse.service.systemd import Notifier
 from aisse.settings import log_kind
-from aisse.systemd import Notifier
-from aisse.upstream import Upstream, needs_key
+from aisse.streams.registry import Registry
+from aisse.upstream.client import Upstream, needs_key
 
 if TYPE_CHECKING:
     import socket
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from aisse.drain import Report
-    from aisse.registry import OpenShared
+    from aisse.service.drain import Report
     from aisse.settings import Settings
+    from aisse.streams.registry import OpenShared
 
 Result = TypeVar("Result")
 
@@ -110,7 +110,7 @@ def _shared_log(settings: Settings) -> OpenShared | None:
     if log_kind(settings) == "memory":
         return None
     try:
-        from aisse.shared import Shared  # noqa: PLC0415 - an optional extra
+        from aisse.streams.shared import Shared  # noqa: PLC0415 - an optional extra
     except ModuleNotFoundError:
         raise ConfigError(f"log: {log_kind(settings)}:// needs the package redis: pip install 'aisse[redis]'") from None
     return Shared

@@ -15,17 +15,17 @@ from aiohttp import web
 from hypothesis import settings as hypothesis_settings
 
 from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
-from aisse.connection import connections
-from aisse.listener import Listener
+from aisse.service.connection import connections
+from aisse.service.listener import Listener
 from aisse.settings import Settings
 from aisse.simulator import Script, Simulator
-from aisse.upstream import Upstream
+from aisse.upstream.client import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
-    from aisse.drain import Drain
-    from aisse.registry import Registry
+    from aisse.service.drain import Drain
+    from aisse.streams.registry import Registry
 
 # An example may take as long as a busy machine makes it. The same examples each time, but where there is time for more.
 hypothesis_settings.register_profile("tests", deadline=None, derandomize=os.environ.get("TESTS_SOAK") != "1")

@@ -20,12 +20,12 @@ from conftest import Server, eventually, prompt, serving
 from raw import connected, request
 
 from aisse import app as app_module
-from aisse import log
 from aisse.app import REGISTRY, create_app, runner_arguments, serve
 from aisse.errors import ConfigError, RequestError, UpstreamError
-from aisse.registry import Registry
 from aisse.settings import Settings
-from aisse.upstream import Upstream
+from aisse.streams.registry import Registry
+from aisse.telemetry import log
+from aisse.upstream.client import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -78,7 +78,7 @@ async def test_connection_that_sends_nothing_more_is_closed_after_keep_alive_s(s
 async def test_client_that_leaves_while_it_waits_is_noticed_at_once(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.registry.SWEEP_S", 3600.0)  # it is not the sweep that notices
+    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 3600.0)  # it is not the sweep that notices
     async with serving(simulator.url, leave_s=0) as server:
         async with connected(server.address) as connection:
             await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[first_s=3600]]")).encode()))

@@ -282,13 +282,14 @@ async def test_words_of_an_upstream_that_are_no_secret_do_reach_the_client(clien
 # A process as `python -m aisse` starts it, with a bug: one kind of event breaks the relay, with an exception that
 # quotes all that it knows.
 WITH_A_BUG = f"""
-from aisse import cli, formats
-observe = formats.AnthropicFormat.observe
+from aisse.commands import cli
+from aisse.formats import anthropic
+observe = anthropic.AnthropicFormat.observe
 def broken(self, event_type, body):
     if b"signature_delta" in body:
         raise ValueError("cannot read {PROMPT} {COMPLETION} {KEY} {QUERY} {TOKEN}")
     return observe(self, event_type, body)
-formats.AnthropicFormat.observe = broken
+anthropic.AnthropicFormat.observe = broken
 cli.main()
 """
 

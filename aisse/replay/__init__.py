@@ -1,1 +1,5 @@
-"""The replay log: `memory` is one process alone, `redis` shares it among instances."""
+"""The logs from which streams are read again: in memory, and shared by many instances in Redis or Valkey.
+
+It may import `sse` and `errors`, and knows no requests. Begin with `memory`; then `mirror`, which takes streams to
+Redis, and `tailer`, which brings those of others.
+"""

@@ -17,7 +17,7 @@ from redis import exceptions
 
 from aisse.replay import scripts
 from aisse.replay.connection import PROMPT_S, Troubles, backoff_s, heed_cancellation
-from aisse.replay.redis import interval_s, last_seq_of
+from aisse.replay.mirror import interval_s, last_seq_of
 from aisse.replay.scripts import entries_key, instance_key, readers_key, state_key
 
 if TYPE_CHECKING:

@@ -1,1 +1,4 @@
-"""HTTP only: what comes in is checked here, what goes out is shaped here; the work is the registry's."""
+"""HTTP and nothing else: what a request asks for, and what it is answered with.
+
+It may import `guard`, `streams` and what lies below. Begin with `chat`; the other modules are small.
+"""

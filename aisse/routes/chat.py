@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 
 from aisse.errors import RequestError, UnknownStreamError
-from aisse.reader import Reader, StreamResponse, stream_url, turn_away
-from aisse.routes.access import Access
+from aisse.guard.access import Access
 from aisse.routes.intake import read_away
 from aisse.routes.question import Asking
-from aisse.stream import State
+from aisse.streams.reader import Reader, StreamResponse, stream_url, turn_away
+from aisse.streams.stream import State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from multidict import CIMultiDictProxy
 
-    from aisse.drain import Drain
-    from aisse.registry import Registry
+    from aisse.service.drain import Drain
     from aisse.settings import Settings
-    from aisse.stream import Stream
+    from aisse.streams.registry import Registry
+    from aisse.streams.stream import Stream
 
 # A stream that was asked for by `Prefer: respond-async` waits at least so long for its first reader.
 _FIRST_READER_S = 10.0

@@ -13,8 +13,8 @@ from aisse.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aisse.bodies import Hold
     from aisse.settings import Settings
+    from aisse.upstream.question import Hold
 
 # A parser takes 8 ms for 32 MiB of plain text. What takes it longer is bounded, far beyond what a model reads: it would
 # hold everybody up. Values are counted by the commas, `[` and `{` outside of strings: ten thousand messages of three

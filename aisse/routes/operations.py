@@ -15,8 +15,8 @@ from aisse.settings import log_kind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aisse.registry import Registry
     from aisse.settings import Settings
+    from aisse.streams.registry import Registry
 
 
 def routes(

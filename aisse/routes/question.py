@@ -19,18 +19,18 @@ import msgspec
 from msgspec import Meta, Raw
 from msgspec.json import Decoder
 
-from aisse.bodies import Question
 from aisse.errors import RequestError
 from aisse.routes.intake import read_body
 from aisse.settings import MODEL_NAME
+from aisse.upstream.question import Question
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp import web
 
-    from aisse.bodies import Hold
     from aisse.settings import Settings
+    from aisse.upstream.question import Hold
 
 _MESSAGES = 10_000
 _BLOCKS = 10_000

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aisse import cli, deploy
+from aisse import deploy
+from aisse.commands import cli
 from aisse.errors import ConfigError
 from aisse.settings import Settings
 

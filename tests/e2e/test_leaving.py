@@ -25,10 +25,10 @@ from command import Command, health, served
 from conftest import eventually, prompt, serving, settled
 from rawclient import RawClient
 
-from aisse import registry as registry_module
-from aisse.reader import Reader
-from aisse.relay import Relay
-from aisse.stream import Stream
+from aisse.streams import registry as registry_module
+from aisse.streams.reader import Reader
+from aisse.streams.relay import Relay
+from aisse.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -220,7 +220,8 @@ async def test_stopped_terminal_stops_no_answer_and_no_drain(client: aiohttp.Cli
 # Fails while it serves, with lines that were said just before.
 CRASHING = """
 import structlog
-from aisse import app, cli
+from aisse import app
+from aisse.commands import cli
 async def serve(*_, **__):
     for number in range(50):
         structlog.get_logger("aisse.app").info("before", number=number)
@@ -344,7 +345,7 @@ sys.meta_path.insert(0, Slow())
 IGNORING = "import os, signal, sys; signal.signal(signal.SIG{}, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-@pytest.mark.parametrize("module", ["aisse.cli", "aiohttp", "aisse.app", "uvloop"])
+@pytest.mark.parametrize("module", ["aisse.commands.cli", "aiohttp", "aisse.app", "uvloop"])
 @pytest.mark.parametrize("start", STARTS)
 async def test_ctrl_c_while_modules_are_imported_says_nothing(tmp_path: Path, start: str, module: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
@@ -363,7 +364,7 @@ async def test_ctrl_c_that_is_ignored_from_the_start_stays_so_while_modules_are_
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT.replace("3600", "0.2"))
     path = os.pathsep.join([str(tmp_path), str(FOLDER)])
     line = ["-c", IGNORING.format("INT"), sys.executable, "-m", "aisse", "--version"]
-    async with started(*line, environ={"PYTHONPATH": path, "SLOW": "aisse.cli"}) as process:
+    async with started(*line, environ={"PYTHONPATH": path, "SLOW": "aisse.commands.cli"}) as process:
         assert process.stdout is not None
         async with asyncio.timeout(START_S):
             assert await process.stdout.readline() == b"importing\n"

@@ -47,7 +47,7 @@ needs_activate = pytest.mark.skipif(
 _BLOCKABLE = (
     "import os, signal, time; "
     "signal.signal(signal.SIGUSR1, lambda *_: (os.write(2, b'now blocked'), time.sleep(3600))); "
-    "from aisse.cli import main; main(['serve'])"
+    "from aisse.commands.cli import main; main(['serve'])"
 )
 
 

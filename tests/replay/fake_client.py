@@ -1,6 +1,7 @@
 """A Redis that says what a test wants it to say, when the test wants it, and a clock that stands until it is moved.
 
-How the scripts behave inside a real one is for the fleets in tests/test_shared.py: here they are answered, not run.
+How the scripts behave inside a real one is for the fleets in tests/streams/test_shared.py: here they are answered, not
+run.
 """
 
 from __future__ import annotations

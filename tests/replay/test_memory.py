@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from aisse.replay.memory import SEGMENT_BYTES, Log, MemoryLog, ReplayMemory
-from aisse.replay.redis import Mirror
+from aisse.replay.mirror import Mirror
 from aisse.sse import Parser, frame
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"

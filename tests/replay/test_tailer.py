@@ -14,11 +14,11 @@ from redis import exceptions
 from structlog.testing import capture_logs
 
 from aisse.replay.memory import MemoryLog, ReplayMemory
-from aisse.replay.redis import interval_s
+from aisse.replay.mirror import interval_s
 from aisse.replay.scripts import entries_key, state_key
 from aisse.replay.tailer import Found, Tailer, is_end
 from aisse.sse import frame
-from aisse.stream import Reason, ending, failure
+from aisse.streams.stream import Reason, ending, failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -15,7 +15,7 @@ from yarl import URL
 from aisse.app import create_app
 from aisse.routes import pages
 from aisse.settings import Settings
-from aisse.upstream import Upstream
+from aisse.upstream.client import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

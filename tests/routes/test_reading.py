@@ -20,9 +20,9 @@ from rawclient import Frame, RawClient, Written, parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, delta, head, message_start
 from rawupstream import raw_upstream as raw_upstream_of
 
-from aisse.formats import compact
-from aisse.registry import KEPT_BYTES
+from aisse.formats.anthropic import compact
 from aisse.sse import frame
+from aisse.streams.registry import KEPT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -134,13 +134,13 @@ async def puppet(*, silent: bool = False) -> AsyncIterator[Puppet]:
 @pytest.fixture
 def swift(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps often, so that times of tenths of a second mean something."""
-    monkeypatch.setattr("aisse.registry.SWEEP_S", 0.02)
+    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 0.02)
 
 
 @pytest.fixture
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """None within a test: what happens at once happens without one."""
-    monkeypatch.setattr("aisse.registry.SWEEP_S", 3600.0)
+    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 3600.0)
 
 
 # --- GET: the stream and its state ----------------------------------------------------------------------------

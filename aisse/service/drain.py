@@ -1,0 +1,171 @@
+"""The shutdown sequence: unready, no listener, every reader told, streams run to their end, the rest is ended.
+
+Where the log is shared, readers are moved: they are told to come back elsewhere, and their connections are closed. This
+process goes on generating for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import structlog
+
+from aisse.sse import reconnect
+from aisse.streams.reader import BREAK_OFF_S
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aisse.settings import Settings
+    from aisse.streams.reader import Reader
+    from aisse.streams.registry import Registry
+
+    Report = Callable[[int, int, float], None]
+
+# The process is to be gone two seconds after the deadline, and aiohttp needs one of them for its part: readers get this
+# to take their `end`, then they are cut off; those that have taken nothing for as long already are, at once.
+_LAST_BYTES_S = 0.5
+
+# How many readers are told before others get a turn: each makes its task run.
+_BATCH = 50
+
+# Who connected just before the listener closed, or has just read an answer, has a request on its way: it is answered,
+# were it with 503. aiohttp's cleanup would close the connection over it. A little more than a packet takes round the
+# world.
+_RACING_S = 0.3
+
+_REPORT_S = 1.0
+
+# How often it is looked who can be moved, how long one that takes nothing is waited for before it is cut off instead,
+# and how much longer than `reconnect_spread_s` a stream is kept for readers that were moved.
+_MOVE_S = 0.1
+_STALLED_S = 3.0
+_COME_BACK_S = 10.0
+
+_log = structlog.get_logger("aisse.drain")
+
+
+class Drain:
+    """Ends a server's streams without cutting off whoever can be waited for. `run` once; the rest is for requests."""
+
+    def __init__(self, settings: Settings, registry: Registry) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._deadline = 0.0
+        self._lock = asyncio.Lock()
+        self._done = False
+        self._telling = False
+        self._moving = False
+
+    async def run(
+        self, close_listener: Callable[[], Awaitable[None]] | None = None, report: Report | None = None
+    ) -> None:
+        """Returns when every stream has ended and every reader is gone: at the latest unready_s + drain_s + 1 s on.
+
+        Without `close_listener` connections are taken no more already: `unready_s` does not pass. `report` gets the
+        numbers of streams and readers that are left and the seconds until the deadline, once a second; without it they
+        are logged. Idempotent: whoever calls it again waits for the first. Cancelling it leaves streams running, for
+        `Registry.close` to end.
+        """
+        async with self._lock:
+            if not self._done:
+                await self._run(close_listener, report or _log_progress)
+                self._done = True
+
+    async def _run(self, close_listener: Callable[[], Awaitable[None]] | None, report: Report) -> None:
+        registry = self._registry
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        unready_s = settings.unready_s if close_listener is not None else 0.0
+        self._deadline = loop.time() + unready_s + settings.drain_s
+        registry.draining = True
+        if close_listener is not None:
+            await asyncio.sleep(unready_s)
+            await close_listener()
+        self._telling = True
+        self._moving = registry.hands_over
+        for count, reader in enumerate(registry.attached(), 1):
+            self._tell(reader)
+            if count % _BATCH == 0:
+                await asyncio.sleep(0)
+        mover = asyncio.create_task(self._move()) if self._moving else None
+        try:
+            if await self._wait_idle(report) and close_listener is not None:
+                await asyncio.sleep(_RACING_S)
+        finally:
+            if mover is not None:
+                mover.cancel()
+                await asyncio.gather(mover, return_exceptions=True)
+        if registry.active_streams:
+            _log.warning(
+                "streams still run at the deadline and are ended; drain_s says how long they may",
+                streams=registry.active_streams,
+                drain_s=settings.drain_s,
+            )
+        await registry.close()
+        self._cut_off([reader for reader in registry.attached() if reader.stalled_for(loop.time()) >= _LAST_BYTES_S])
+        if not await registry.idle(_LAST_BYTES_S):
+            self._cut_off(registry.attached())
+            await registry.idle(_LAST_BYTES_S)
+
+    async def _move(self) -> None:
+        """Moves readers until it is cancelled: those that were told, each once it has had the time to hear it."""
+        while True:
+            await asyncio.sleep(_MOVE_S)
+            if not self._registry.hands_over:
+                continue  # here alone can they go on meanwhile
+            now = asyncio.get_running_loop().time()
+            for count, reader in enumerate(self._registry.attached(), 1):
+                if reader.stalled_for(now) >= _STALLED_S:
+                    reader.evict()  # what it was to be told may wait behind what it does not take
+                elif reader.told_for(now) >= BREAK_OFF_S:
+                    reader.part()
+                if count % _BATCH == 0:
+                    await asyncio.sleep(0)
+
+    def _cut_off(self, readers: list[Reader]) -> None:
+        if readers:
+            _log.warning("readers do not take their last bytes and are cut off", readers=len(readers))
+        for reader in readers:
+            reader.evict()
+
+    async def _wait_idle(self, report: Report) -> bool:
+        loop = asyncio.get_running_loop()
+        if await self._registry.idle(0) and await self._registry.settled(0):
+            return True
+        while (left_s := self._deadline - loop.time()) > 0:
+            idle = await self._registry.idle(min(left_s, _REPORT_S))
+            idle = idle and await self._registry.settled(min(left_s, _REPORT_S))
+            report(self._registry.active_streams, self._registry.readers, max(0.0, self._deadline - loop.time()))
+            if idle:
+                return True
+        return False
+
+    def greet(self, reader: Reader) -> None:
+        """Tells a reader that came after all others were told."""
+        if self._telling:
+            self._tell(reader)
+
+    def _tell(self, reader: Reader) -> None:
+        reader.tell(self.reconnect(resume=self._moving))
+        if self._moving:
+            # Now, and not when it is closed: clients that know the event leave by themselves.
+            now = asyncio.get_running_loop().time()
+            reader.stream.moved_until = now + self._settings.reconnect_spread_s + _COME_BACK_S
+
+    def reconnect(self, *, resume: bool) -> bytes:
+        """The event that tells one reader when to come back if its connection ends.
+
+        `resume` says to come back now, elsewhere. The time is drawn evenly from `reconnect_spread_s` for each, so that
+        a thousand readers do not come back in the same moment.
+        """
+        left_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        # Not for secrets: any even spread will do.
+        retry_s = random.uniform(0, self._settings.reconnect_spread_s)  # noqa: S311
+        return reconnect(round(retry_s * 1000), resume=resume, deadline_ms=round(left_s * 1000))
+
+
+def _log_progress(streams: int, readers: int, left_s: float) -> None:
+    _log.info("draining", streams=streams, readers=readers, left_s=round(left_s, 1))

@@ -1,0 +1,256 @@
+"""One upstream response, cut into numbered frames, published to one stream.
+
+A chunk is relayed in the step of the event loop in which its socket gave it: parsed, numbered, logged and written to
+every reader at the tail, without a task being woken. Where all readers are slow the stream's gate closes, the socket
+is not read any more, its small buffer fills, and TCP tells the upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aisse.errors import LimitError, StreamError, UpstreamError
+from aisse.formats.anthropic import END, ERROR, PING, RESERVED, AnthropicFormat, Mark, is_json
+from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
+from aisse.streams.stream import Reason, Stream, failure
+
+if TYPE_CHECKING:
+    from aisse.settings import Settings
+    from aisse.upstream.body import Body
+    from aisse.upstream.client import Upstream, UpstreamResponse
+    from aisse.upstream.question import Question
+
+# After its terminal event an upstream has only the end of its body left to send. Waiting this long for it saves
+# the connection for the next request.
+_TAIL_S = 1.0
+
+
+class Relay:
+    """Runs one generation. `run` is one task's; `overdue` is asked from outside, once a second."""
+
+    __slots__ = (
+        "_bug",
+        "_bytes",
+        "_created",
+        "_events",
+        "_format",
+        "_id_line",
+        "_last_byte",
+        "_last_content",
+        "_loop",
+        "_parser",
+        "_question",
+        "_response_body",
+        "_settings",
+        "_started",
+        "_stream",
+        "_upstream",
+        "_waiter",
+        "request_id",
+    )
+
+    def __init__(self, stream: Stream, upstream: Upstream, question: Question, settings: Settings) -> None:
+        self.request_id: str | None = None
+        """The upstream's name for the request, where it has said one."""
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        self._upstream = upstream
+        self._question: Question | None = question
+        self._settings = settings
+        self._format = AnthropicFormat(stream.usage)
+        self._parser = Parser(settings.max_event_bytes)
+        self._id_line = b"\nid: " + stream.id.encode() + b"."
+        self._created = self._loop.time()
+        self._bytes = 0  # as of the last look
+        self._events = 0
+        self._last_byte = 0.0  # 0: none yet
+        self._last_content = self._created
+        self._response_body: Body | None = None
+        self._started = False
+        self._bug: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Relays until the stream has ended, by whomever. Cancellation closes the upstream's connection at once.
+
+        Whatever the upstream does ends as `error` and `end` in the stream; other exceptions are bugs, and leave.
+        """
+        assert self._question is not None
+        try:
+            response = await self._upstream.open(self._question)
+        except UpstreamError as error:
+            # The stream keeps its error; the frames that it came through would keep the request with it.
+            error.__cause__ = error.__context__ = None
+            self.request_id = error.request_id
+            reason = Reason.TIMEOUT if error.status == 504 else Reason.ERROR
+            self._stream.finish(reason, error.with_traceback(None))
+            return
+        self.request_id = response.request_id
+        try:
+            await self._pump(response)
+            await self._read_tail()
+        finally:
+            # Neither does anything where the body was read to its end and the connection is back in the pool.
+            response.raw_body.abort()
+            response.close()
+
+    def let_go(self) -> None:
+        """The question is not needed any more: the answer has begun, or never will. Idempotent."""
+        if self._question is not None and self._question.hold is not None:
+            self._question.hold.release()
+        self._question = None
+
+    def overdue(self, now: float) -> StreamError | None:
+        """The upstream's limit that has passed at `now`, if any.
+
+        Asked once a second: what has come since is seen by its count, so that a chunk needs not read the clock.
+        """
+        settings = self._settings
+        held = self._stream.holds_back  # it is we who do not read
+        body = self._response_body
+        if body is not None and (held or body.size > self._bytes):
+            self._bytes = body.size
+            self._last_byte = now
+        if held or self._stream.content_events > self._events:
+            self._events = self._stream.content_events
+            self._last_content = now
+        if now - self._created >= settings.stream_s:
+            return _late("the answer took longer than the server allows", "took longer than stream_s")
+        if self._last_byte == 0.0:
+            if now - self._created >= settings.first_byte_s:
+                return _late("the upstream did not begin its answer in time", "no answer within first_byte_s")
+            return None
+        if now - self._last_byte >= settings.silence_s:
+            return _late("the upstream fell silent", "silent for silence_s")
+        if now - self._last_content >= settings.no_content_s:
+            return _late("the upstream sends pings only", "pings only for no_content_s")
+        return None
+
+    async def _pump(self, response: UpstreamResponse) -> None:
+        """Has every chunk relayed as it comes; waits for the end of the stream, and for slow readers."""
+        stream = self._stream
+        self._response_body = body = response.raw_body
+        body.listen(response.content, self._receive, self._receive_end)
+        while stream.reason is None:
+            if self._bug is not None:
+                raise self._bug
+            if stream.holds_back:
+                body.pause()
+                try:
+                    await stream.flow()
+                finally:
+                    body.resume()
+            else:
+                # Paused by `_receive`, and the readers have caught up before this task had its turn.
+                body.resume()
+                await self._woken()
+
+    async def _woken(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _receive(self, chunk: bytes) -> None:
+        stream = self._stream
+        if stream.reason is not None or self._bug is not None:
+            return
+        try:
+            self._publish(self._parser.feed(chunk))
+        except EventTooLargeError as error:
+            self._refuse_event(error)
+        except Exception as error:
+            # The event loop called: it would blame the connection. The task raises it.
+            self._bug = error
+            self._wake()
+            return
+        if stream.holds_back:
+            # At once and not when the task runs: by then the socket may have given more.
+            assert self._response_body is not None
+            self._response_body.pause()
+            self._wake()
+        elif self._stream.reason is not None:
+            self._wake()
+
+    def _receive_end(self) -> None:
+        stream, body = self._stream, self._response_body
+        assert body is not None
+        try:
+            if stream.reason is None and self._bug is None and body.whole:
+                # Half of an event may look like a whole one where a server crashed; half of its JSON does not.
+                self._publish([event for event in self._parser.finish() if is_json(data_of(event[1]))])
+        except Exception as error:
+            self._bug = error
+        if self._bug is None and stream.reason is None:
+            stream.finish(Reason.TRUNCATED, _broken_off(body))
+        self._wake()
+
+    def _refuse_event(self, error: EventTooLargeError) -> None:
+        self._publish(error.args[0])
+        limit = self._settings.max_event_bytes
+        self._stream.finish(
+            Reason.LIMIT, LimitError("limit_error", f"the upstream sent an event of over {limit} bytes")
+        )
+
+    def _publish(self, events: list[RawEvent]) -> None:
+        stream = self._stream
+        seq = stream.log.last_seq
+        observe = self._format.observe
+        id_line = self._id_line
+        frames: list[bytes] = []
+        content = 0
+        end: Mark | None = None
+        body = b""
+        for event_type, body in events:
+            mark = observe(event_type, body)
+            if mark is ERROR:
+                end = mark
+                break
+            if mark is RESERVED:
+                continue
+            seq += 1
+            frames.append(b"%b%b%d\n\n" % (body, id_line, seq))
+            if mark is not PING:
+                content += 1
+            if mark is END:
+                end = mark
+                break
+        stream.content_events += content
+        if frames:
+            stream.publish(frames[0] if len(frames) == 1 else b"".join(frames), seq)
+            if content and not self._started:
+                self._started = True
+                self.let_go()
+                stream.start()
+        if end is END:
+            stream.finish(Reason.COMPLETE)
+        elif end is ERROR:
+            stream.finish(Reason.ERROR, self._upstream.failure(data_of(body)))
+
+    async def _read_tail(self) -> None:
+        body = self._response_body
+        if self._stream.reason is not Reason.COMPLETE or body is None:
+            return
+        try:
+            async with asyncio.timeout(_TAIL_S):
+                while not body.ended:
+                    await self._woken()
+        except TimeoutError:
+            pass  # the answer is complete; only the connection is lost
+
+
+def _late(message: str, cause: str) -> UpstreamError:
+    return UpstreamError("timeout_error", message, 504, cause=cause)
+
+
+def _broken_off(body: Body) -> UpstreamError:
+    cause = "ended without its last event" if body.whole else "connection lost in the middle of the answer"
+    error = failure(Reason.TRUNCATED)
+    assert error is not None
+    return UpstreamError(error.kind, error.message, error.status, cause=cause)

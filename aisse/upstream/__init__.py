@@ -1,0 +1,4 @@
+"""The way to the LLM's API: questions out, answers in, and what it means when there are none.
+
+It may import `formats` and what lies below, and knows no streams and no readers. Begin with `client`.
+"""

@@ -1,0 +1,333 @@
+"""What an upstream's failure is: for its client a status and words, for the operator a cause, for neither a secret.
+
+Clients get UpstreamError's `status`, `kind` and `message`; the log and /health get its `cause`, which is made of our
+own words alone: what a library or an upstream says may quote a key or a prompt.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from aisse.errors import MESSAGE_CHARS, UpstreamError
+from aisse.formats.anthropic import Said, error_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# What keys look like, whoever's they are, and names of accounts: an upstream's message may quote one.
+_KEY_LIKE = re.compile(
+    r"(?i)\b(?:sk|pk|key|ezai|bearer|api[_-]?key)[-_ :=]+[A-Za-z0-9._~+/-]{8,}=*"
+    r"|\b(?:org|proj|acct)[-_][A-Za-z0-9]{8,}|\b(?:AIza|AKIA|hf_|gh[a-z]_|gsk_|xai-)[A-Za-z0-9_-]{8,}|[A-Za-z0-9_-]{40,}"
+)
+
+# RFC 9110, section 10.2.3: seconds, or a date. Nothing else gets through to clients. Some servers send fractions.
+_RETRY_AFTER = re.compile(r"[0-9]{1,6}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
+_DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
+
+# It comes from elsewhere and goes into the log: one word, of the length that ids have.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,63}")
+
+_KEY_REFUSED = "the upstream did not accept this server's key"
+_ACCOUNT_REFUSED = "the upstream does not serve this server's account at the moment"
+_REQUEST_REFUSED = "the upstream does not take what this server sends"
+
+# The kinds of error that the Messages API knows, and the status that each has there:
+# https://docs.anthropic.com/en/api/errors.
+_STATUS_OF_KIND = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+# The types and codes that other servers say, without case, punctuation and a last "error": OpenAI and its many likes
+# (https://platform.openai.com/docs/guides/error-codes), vLLM and LiteLLM (names of Python's exceptions), Google.
+_KINDS = {re.sub("[^a-z]", "", kind).removesuffix("error"): kind for kind in _STATUS_OF_KIND} | {
+    "badrequest": "invalid_request_error",
+    "contextlengthexceeded": "invalid_request_error",
+    "contextwindowexceeded": "invalid_request_error",
+    "contentpolicyviolation": "invalid_request_error",
+    "contentfilter": "invalid_request_error",
+    "invalidargument": "invalid_request_error",
+    "invalidprompt": "invalid_request_error",
+    "invalidvalue": "invalid_request_error",
+    "missingrequiredparameter": "invalid_request_error",
+    "stringabovemaxlength": "invalid_request_error",
+    "unprocessableentity": "invalid_request_error",
+    "unsupportedparameter": "invalid_request_error",
+    "unsupportedvalue": "invalid_request_error",
+    "validation": "invalid_request_error",
+    "modelnotfound": "not_found_error",
+    "invalidapikey": "authentication_error",
+    "unauthenticated": "authentication_error",
+    "unauthorized": "authentication_error",
+    "forbidden": "permission_error",
+    "permissiondenied": "permission_error",
+    "accountdeactivated": "billing_error",
+    "billinghardlimitreached": "billing_error",
+    "billingnotactive": "billing_error",
+    "insufficientbalance": "billing_error",
+    "insufficientcredits": "billing_error",
+    "insufficientquota": "billing_error",
+    "paymentrequired": "billing_error",
+    "payloadtoolarge": "request_too_large",
+    "requests": "rate_limit_error",
+    "ratelimitexceeded": "rate_limit_error",
+    "resourceexhausted": "rate_limit_error",
+    "throttling": "rate_limit_error",
+    "tokens": "rate_limit_error",
+    "toomanyrequests": "rate_limit_error",
+    "internal": "api_error",
+    "internalserver": "api_error",
+    "server": "api_error",
+    "engineoverloaded": "overloaded_error",
+    "serveroverloaded": "overloaded_error",
+    "serviceunavailable": "overloaded_error",
+    "unavailable": "overloaded_error",
+    "deadlineexceeded": "timeout_error",
+    "requesttimeout": "timeout_error",
+}
+
+# Providers say it of an account under a client's status and type, too; these are their own sentences.
+_ABOUT_CREDIT = re.compile(
+    r"(?i)credit balance is too low|insufficient (?:account )?(?:balance|credits?|funds|quota)"
+    r"|exceeded your current quota|specified (?:api )?usage limits|plans? (?:&|and) billing"
+    r"|organization has been disabled|billing hard limit"
+)
+_ABOUT_KEY = re.compile(
+    r"(?i)(?:invalid|incorrect|missing|expired) (?:x-)?api[ -]?key|api key (?:is )?(?:not valid|expired)"
+)
+
+# What frameworks say by themselves of a path that they do not have: the address is wrong, and not the model.
+_NOTHING_NAMED = re.compile(r"(?i)(?:(?:404[ :]*)?(?:page |route |path |resource )?not found[.!]?|cannot post /.*)?")
+
+# Nobody but the operator can mend these: the address, the method, what it accepts and the headers are ours.
+_OURS_TO_MEND = frozenset({405, 406, 407, 411, 415, 417, 421, 426, 431})
+
+# What an upstream's status, or its error's type, becomes; every other status from 500 on is 502. 522 and 524 are
+# Cloudflare's timeouts, 408 says that our request did not arrive in time.
+_OUR_STATUS = {408: 504, 503: 503, 504: 504, 522: 504, 524: 504, 529: 503}
+
+# Some proxies say a client's mistake under 500. As a 5xx of ours clients would repeat it.
+_CLIENTS_TO_MEND = frozenset({"invalid_request_error", "not_found_error", "request_too_large"})
+
+
+def refusal(status: int, headers: Mapping[str, str], payload: bytes, key: str | None) -> UpstreamError:
+    """The error that an upstream's answer is, by its status and what its body says, as far as that was read."""
+    said = error_of(payload)
+    error = _error(status, said, key)
+    if error.status in {429, 503}:
+        error.retry_after = retry_after(headers)
+    if status == 404 and _NOTHING_NAMED.fullmatch(said.message):
+        error.cause = "answered 404 without saying of what; its URL may be wrong"
+    return error
+
+
+def said_in_success(headers: Mapping[str, str], payload: bytes, key: str | None) -> UpstreamError:
+    """The error that an answer with status 200 is which is no event stream: what its body says, with its status."""
+    # An answer in plain text is no error only for being one.
+    said = error_of(payload) if payload.lstrip()[:1] in {b"{", b"["} else Said()
+    if not said.message and _kind(said) is None and said.status is None:
+        return UpstreamError(
+            "api_error",
+            "the upstream answered with something else than a stream",
+            cause="answered with something else than an event stream",
+            upstream_status=200,
+        )
+    error = said_error(said, key)
+    error.upstream_status = 200
+    if error.status in {429, 503}:
+        error.retry_after = retry_after(headers)
+    return error
+
+
+def said_error(said: Said, key: str | None) -> UpstreamError:
+    """The error that was said without a status of its own: in an `error` event, or under status 200."""
+    status = said.status or _STATUS_OF_KIND.get(_kind(said) or "", 500)
+    error = _error(status, said, key)
+    error.upstream_status = None
+    if error.cause == f"failed with {status}":
+        error.cause = "failed, as it says"
+    return error
+
+
+def _error(status: int, said: Said, key: str | None) -> UpstreamError:
+    kind = _kind(said)
+    if (account := _account(status, kind, said.message)) is not None:
+        message, cause = account
+        return UpstreamError("api_error", message, upstream_status=status, cause=cause)
+    if 300 <= status < 400:
+        message = "the upstream redirects; set its final address"
+        return UpstreamError("api_error", message, upstream_status=status, cause="redirects; set its final address")
+    ours = _OUR_STATUS.get(status, 502 if status in _OURS_TO_MEND or not 400 <= status < 500 else status)
+    if status >= 500 and ours == 502 and kind in _CLIENTS_TO_MEND:
+        ours = _STATUS_OF_KIND[kind]
+    if kind is None or ours == 504 or status in _OURS_TO_MEND:
+        # None of an upstream's own words: it goes into the log.
+        kind = _kind_of_status(status, ours)
+    said_text = _REQUEST_REFUSED if status in _OURS_TO_MEND else cleaned(said.message, key)
+    text = said_text or f"the upstream answered with status {status}"
+    return UpstreamError(kind, text, ours, upstream_status=status, cause=_cause_of_status(status, ours))
+
+
+def _kind(said: Said) -> str | None:
+    """One of the kinds that we know, by the first of an error's codes and types that says one."""
+    for word in said.kinds:
+        if (kind := _KINDS.get(re.sub("[^a-z]", "", word.lower()).removesuffix("error"))) is not None:
+            return kind
+    return None
+
+
+def _account(status: int, kind: str | None, message: str) -> tuple[str, str] | None:
+    """For strangers and for the operator, where the error is about this server's account or key."""
+    doubtful = status in {400, 403, 422, 429}
+    if status == 402 or kind == "billing_error" or (doubtful and _ABOUT_CREDIT.search(message)):
+        return _ACCOUNT_REFUSED, "account without credit, or past its limit"
+    if status in {401, 403} or kind in {"authentication_error", "permission_error"}:
+        return _KEY_REFUSED, "key not permitted" if 403 in {status, _STATUS_OF_KIND.get(kind or "")} else "key refused"
+    if doubtful and _ABOUT_KEY.search(message):
+        return _KEY_REFUSED, "key refused"
+    return None
+
+
+def _kind_of_status(status: int, ours: int) -> str:
+    if status in {404, 413, 429, 529}:
+        return {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 529: "overloaded_error"}[
+            status
+        ]
+    if ours == 504:
+        return "timeout_error"
+    return "invalid_request_error" if 400 <= ours < 500 else "api_error"
+
+
+def _cause_of_status(status: int, ours: int) -> str | None:
+    """What the operator is told: nothing of what the client alone can mend."""
+    if status == 429:
+        return "rate limit reached"
+    if status in {503, 529}:
+        return "overloaded"
+    if ours == 504:
+        return "timed out, as it says"
+    if status in _OURS_TO_MEND:
+        return f"refuses requests as such with {status}; its URL may be wrong"
+    if ours < 500:
+        return None
+    return f"failed with {status}" if status >= 500 else f"answered with {status}"
+
+
+def retry_after(headers: Mapping[str, str]) -> str | None:
+    """`Retry-After` as clients may get it: `retry-after-ms` counts before it, and fractions are rounded up."""
+    milliseconds = headers.get("retry-after-ms", "")
+    if _DECIMAL.fullmatch(milliseconds):
+        return str(math.ceil(float(milliseconds) / 1000))
+    given = headers.get("Retry-After", "")
+    if _RETRY_AFTER.fullmatch(given):
+        return given
+    return str(math.ceil(float(given))) if _DECIMAL.fullmatch(given) and float(given) < 1e6 else None
+
+
+def request_id(headers: Mapping[str, str], key: str | None) -> str | None:
+    """The upstream's name for a request, for its support; None for text that is no such name, or has our key in it."""
+    for name in ("request-id", "x-request-id"):
+        found = headers.get(name, "")
+        if _REQUEST_ID.fullmatch(found) and (key is None or key not in found):
+            return found
+    return None
+
+
+def cleaned(text: str, key: str | None) -> str:
+    """An upstream's words for a client's eyes: one line, without what looks like a key, shortened."""
+    if key is not None:
+        text = text.replace(key, "[removed]")
+    text = _KEY_LIKE.sub("[removed]", "".join(c if c.isprintable() else " " for c in text[: 8 * MESSAGE_CHARS]))
+    return text if len(text) <= MESSAGE_CHARS else text[: MESSAGE_CHARS - 1] + "…"
+
+
+# --- connections ----------------------------------------------------------------------------------------------
+
+_BY_ERRNO = {
+    errno.ECONNREFUSED: "connection refused",
+    errno.ECONNRESET: "connection reset",
+    errno.ECONNABORTED: "connection reset",
+    errno.EPIPE: "connection reset",
+    errno.ETIMEDOUT: "timed out connecting",
+    errno.ENETUNREACH: "network unreachable",
+    errno.ENETDOWN: "network unreachable",
+    errno.EHOSTUNREACH: "host unreachable",
+    errno.EHOSTDOWN: "host unreachable",
+    errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files",
+    errno.EADDRNOTAVAIL: "no local port free",
+    errno.EACCES: "connection not permitted",
+    errno.EPERM: "connection not permitted",
+}
+
+# X509_V_ERR_* of OpenSSL, x509_vfy.h.
+_BY_VERIFY_CODE = {
+    9: "certificate not yet valid",
+    10: "certificate expired",
+    18: "certificate not trusted (self-signed)",
+    19: "certificate not trusted (its authority is unknown)",
+    20: "certificate not trusted (its authority is unknown)",
+    21: "certificate not trusted (its chain is incomplete)",
+    23: "certificate revoked",
+    62: "certificate for another name",
+    64: "certificate for another address",
+}
+
+
+def unreachable(error: BaseException) -> str:
+    """Why a request got no answer, in our words, by the first exception in the chain that tells."""
+    words = next((word for link in _chain(error) if (word := _word(link)) is not None), "connection failed")
+    return f"proxy: {words}" if isinstance(error, aiohttp.ClientProxyConnectionError) else words
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, aiohttp.ClientConnectorError):
+            yield link.os_error  # it tells more than what aiohttp makes of it
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _word(error: BaseException) -> str | None:
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            return "timed out connecting"
+        case ssl.SSLCertVerificationError(verify_code=int(code)):
+            return _BY_VERIFY_CODE.get(code, "certificate not accepted")
+        case aiohttp.ClientConnectorDNSError():
+            # Resolvers tell a name that does not exist from one that cannot be looked up now.
+            later = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
+            return "name not found: the name server does not answer" if later else "name not found"
+        case aiohttp.ClientHttpProxyError(status=int(status)):
+            return f"proxy refused with {status}"
+        case aiohttp.ClientResponseError():
+            return "answered with something that is not HTTP"
+        case aiohttp.ServerDisconnectedError():
+            return "connection closed before an answer"
+        case ssl.SSLError():
+            plain = getattr(error, "reason", None) in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}
+            return "TLS failed: it does not speak TLS on that port" if plain else "TLS failed"
+        case OSError(errno=int(number)) if number in _BY_ERRNO:
+            return _BY_ERRNO[number]
+        case ConnectionResetError() | BrokenPipeError():
+            return "connection reset"
+        case _:
+            return None
