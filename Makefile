@@ -52,10 +52,11 @@ screenshots: setup ## take pictures of the page in Chromium, into screenshots/
 soak: setup ## run at full size what `test` runs shortened: every cut, 1,000 streams, 50 drains; about an hour
 	TESTS_SOAK=1 $(BIN)/python -m pytest -s -m 'not local' $(ARGS)
 
-check: setup ## lint, format and types
+check: setup ## lint, format, types, and which room imports which
 	$(BIN)/ruff check aisse tests
 	$(BIN)/ruff format --check aisse tests
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup ## let ruff format and mend what it can
 	$(BIN)/ruff format aisse tests

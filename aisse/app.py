@@ -18,6 +18,7 @@ from aisse.service.drain import Drain
 from aisse.service.listener import Listener
 from aisse.service.systemd import Notifier
 from aisse.settings import log_kind
+from aisse.streams.farewell import Farewell
 from aisse.streams.registry import Registry
 from aisse.upstream.client import Upstream, needs_key
 
@@ -57,7 +58,8 @@ def create_app(
     ones get `drain_s`, what is left then ends as `shutdown`. `log_lines_dropped` is what `/health` says of the log.
     """
     registry = Registry(settings, upstream, _shared_log(settings))
-    drain = Drain(settings, registry)
+    farewell = Farewell(settings)
+    drain = Drain(settings, registry, farewell)
     started = time.monotonic()
 
     async def parts(_app: web.Application) -> AsyncIterator[None]:
@@ -77,7 +79,7 @@ def create_app(
     app[REGISTRY] = registry
     app[DRAIN] = drain
     routes = [
-        *chat.routes(settings, registry, drain),
+        *chat.routes(settings, registry, farewell),
         *operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started, log_lines_dropped),
         *pages.routes(page=settings.page),
     ]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from multidict import CIMultiDictProxy
 
-    from aisse.service.drain import Drain
     from aisse.settings import Settings
+    from aisse.streams.farewell import Farewell
     from aisse.streams.registry import Registry
     from aisse.streams.stream import Stream
 
@@ -37,7 +37,7 @@ _ID = r"[A-Za-z0-9_-]{22}"
 _CURSOR = re.compile(rf"({_ID})\.([0-9]{{1,16}})")
 
 
-def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.RouteDef]:
+def routes(settings: Settings, registry: Registry, farewell: Farewell) -> list[web.RouteDef]:
     """The chat API. Handlers raise RequestError and StreamError; `app` turns them into responses."""
     access = Access(settings)
     asking = Asking(settings)
@@ -74,13 +74,13 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         # RFC 9110, section 5.3: several fields of one name are one list.
         wants_state = _wants_state(",".join(request.headers.getall(hdrs.ACCEPT, [])))
         if registry.draining and registry.hands_over and not wants_state:
-            return await elsewhere(request, settings, drain)
+            return await elsewhere(request, settings, farewell)
         try:
             stream = await registry.find(stream_id)
         except RequestError as error:
             # A native EventSource gives up for good on a 503, and on a 404 from a server that is about to go.
             if not wants_state and (registry.draining or error.status == 503):
-                return await elsewhere(request, settings, drain)
+                return await elsewhere(request, settings, farewell)
             raise
         if wants_state:
             return web.json_response(state_of(stream), headers=_location(stream.id, settings))
@@ -100,7 +100,7 @@ def routes(settings: Settings, registry: Registry, drain: Drain) -> list[web.Rou
         request: web.Request, stream: Stream, seq: int, *, compacted: bool = False, expected: bool = False
     ) -> web.StreamResponse:
         reader = Reader(stream, settings, seq, compacted=compacted, expected=expected)
-        drain.greet(reader)
+        farewell.greet(reader)
         with registry.reading(reader):
             return await reader.run(request)
 
@@ -131,12 +131,12 @@ def stream_in(request: web.Request) -> str:
     return stream_id
 
 
-async def elsewhere(request: web.Request, settings: Settings, drain: Drain) -> web.StreamResponse:
+async def elsewhere(request: web.Request, settings: Settings, farewell: Farewell) -> web.StreamResponse:
     """Has the client come back with its cursor, to another instance or later."""
     seq = cursor_in(request)
     stream_id = request.match_info["stream"]
     cursor = f"{stream_id}.{seq}" if seq is not None else None
-    return await turn_away(request, StreamResponse(stream_id, settings), cursor, drain.reconnect(resume=True))
+    return await turn_away(request, StreamResponse(stream_id, settings), cursor, farewell.event(resume=True))
 
 
 def cursor_in(request: web.Request) -> int | None:

@@ -7,18 +7,17 @@ process goes on generating for them.
 from __future__ import annotations
 
 import asyncio
-import random
 from typing import TYPE_CHECKING
 
 import structlog
 
-from aisse.sse import reconnect
 from aisse.streams.reader import BREAK_OFF_S
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aisse.settings import Settings
+    from aisse.streams.farewell import Farewell
     from aisse.streams.reader import Reader
     from aisse.streams.registry import Registry
 
@@ -38,26 +37,22 @@ _RACING_S = 0.3
 
 _REPORT_S = 1.0
 
-# How often it is looked who can be moved, how long one that takes nothing is waited for before it is cut off instead,
-# and how much longer than `reconnect_spread_s` a stream is kept for readers that were moved.
+# How often it is looked who can be moved, and how long one that takes nothing is waited for before it is cut off.
 _MOVE_S = 0.1
 _STALLED_S = 3.0
-_COME_BACK_S = 10.0
 
 _log = structlog.get_logger("aisse.drain")
 
 
 class Drain:
-    """Ends a server's streams without cutting off whoever can be waited for. `run` once; the rest is for requests."""
+    """Ends a server's streams without cutting off whoever can be waited for."""
 
-    def __init__(self, settings: Settings, registry: Registry) -> None:
+    def __init__(self, settings: Settings, registry: Registry, farewell: Farewell) -> None:
         self._settings = settings
         self._registry = registry
-        self._deadline = 0.0
+        self._farewell = farewell
         self._lock = asyncio.Lock()
         self._done = False
-        self._telling = False
-        self._moving = False
 
     async def run(
         self, close_listener: Callable[[], Awaitable[None]] | None = None, report: Report | None = None
@@ -77,20 +72,20 @@ class Drain:
     async def _run(self, close_listener: Callable[[], Awaitable[None]] | None, report: Report) -> None:
         registry = self._registry
         settings = self._settings
+        farewell = self._farewell
         loop = asyncio.get_running_loop()
         unready_s = settings.unready_s if close_listener is not None else 0.0
-        self._deadline = loop.time() + unready_s + settings.drain_s
+        farewell.deadline = loop.time() + unready_s + settings.drain_s
         registry.draining = True
         if close_listener is not None:
             await asyncio.sleep(unready_s)
             await close_listener()
-        self._telling = True
-        self._moving = registry.hands_over
+        farewell.begin(moving=registry.hands_over)
         for count, reader in enumerate(registry.attached(), 1):
-            self._tell(reader)
+            farewell.greet(reader)
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
-        mover = asyncio.create_task(self._move()) if self._moving else None
+        mover = asyncio.create_task(self._move()) if farewell.moving else None
         try:
             if await self._wait_idle(report) and close_listener is not None:
                 await asyncio.sleep(_RACING_S)
@@ -133,38 +128,17 @@ class Drain:
 
     async def _wait_idle(self, report: Report) -> bool:
         loop = asyncio.get_running_loop()
-        if await self._registry.idle(0) and await self._registry.settled(0):
+        registry = self._registry
+        if await registry.idle(0) and await registry.settled(0):
             return True
-        while (left_s := self._deadline - loop.time()) > 0:
-            idle = await self._registry.idle(min(left_s, _REPORT_S))
-            idle = idle and await self._registry.settled(min(left_s, _REPORT_S))
-            report(self._registry.active_streams, self._registry.readers, max(0.0, self._deadline - loop.time()))
+        deadline = self._farewell.deadline
+        while (left_s := deadline - loop.time()) > 0:
+            idle = await registry.idle(min(left_s, _REPORT_S))
+            idle = idle and await registry.settled(min(left_s, _REPORT_S))
+            report(registry.active_streams, registry.readers, max(0.0, deadline - loop.time()))
             if idle:
                 return True
         return False
-
-    def greet(self, reader: Reader) -> None:
-        """Tells a reader that came after all others were told."""
-        if self._telling:
-            self._tell(reader)
-
-    def _tell(self, reader: Reader) -> None:
-        reader.tell(self.reconnect(resume=self._moving))
-        if self._moving:
-            # Now, and not when it is closed: clients that know the event leave by themselves.
-            now = asyncio.get_running_loop().time()
-            reader.stream.moved_until = now + self._settings.reconnect_spread_s + _COME_BACK_S
-
-    def reconnect(self, *, resume: bool) -> bytes:
-        """The event that tells one reader when to come back if its connection ends.
-
-        `resume` says to come back now, elsewhere. The time is drawn evenly from `reconnect_spread_s` for each, so that
-        a thousand readers do not come back in the same moment.
-        """
-        left_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
-        # Not for secrets: any even spread will do.
-        retry_s = random.uniform(0, self._settings.reconnect_spread_s)  # noqa: S311
-        return reconnect(round(retry_s * 1000), resume=resume, deadline_ms=round(left_s * 1000))
 
 
 def _log_progress(streams: int, readers: int, left_s: float) -> None:

@@ -444,16 +444,3 @@ async def test_cancelled_drain_leaves_streams_to_close(simulator: Simulator) -> 
         assert server.registry.active_streams == 1
         await server.registry.close()
         assert server.registry.active_streams == 0
-
-
-# --- the times that readers are told ------------------------------------------------------------------------------
-
-
-async def test_times_to_come_back_are_spread_evenly(simulator: Simulator) -> None:
-    async with serving(simulator.url, reconnect_spread_s=5) as server:
-        times = [parse(server.drain.reconnect(resume=False)).controls[0].retry_ms for _ in range(10_000)]
-    assert min(times) >= 0
-    assert max(times) <= 5000
-    tenths = [sum(500 * tenth <= time < 500 * (tenth + 1) for time in times) for tenth in range(10)]
-    # 1,000 each, give or take 30: this is seven times that.
-    assert all(800 < count < 1200 for count in tenths), tenths

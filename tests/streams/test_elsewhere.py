@@ -24,6 +24,7 @@ from aisse.service.drain import Drain
 from aisse.settings import Settings
 from aisse.sse import frame
 from aisse.streams import shared as shared_module
+from aisse.streams.farewell import Farewell
 from aisse.streams.registry import KEPT_BYTES, Registry
 from aisse.streams.shared import FollowedStream, Shared
 from aisse.streams.stream import Reason, Stream, ending
@@ -476,6 +477,10 @@ async def test_key_of_another_question_is_refused(monkeypatch: pytest.MonkeyPatc
             await b.registry.create_once(KEY, Question([b"{}"], digest=b"d"), 60)
 
 
+def drain(b: Bed) -> asyncio.Task[None]:
+    return asyncio.create_task(Drain(b.settings, b.registry, Farewell(b.settings)).run(report=lambda *_: None))
+
+
 # --- going --------------------------------------------------------------------------------------------------------
 
 
@@ -487,7 +492,7 @@ async def test_drain_ends_when_others_can_read_everything(monkeypatch: pytest.Mo
         b.redis.held.add("APPEND")
         if when == "idle":
             stream.finish(Reason.COMPLETE)
-        draining = asyncio.create_task(Drain(b.settings, b.registry).run(report=lambda *_: None))
+        draining = drain(b)
         await asyncio.sleep(0.01)
         stream.finish(Reason.COMPLETE)
         await eventually(lambda: b.redis.count("APPEND") > 0)
@@ -539,7 +544,9 @@ async def test_drain_moves_who_has_heard_it_and_cuts_off_who_takes_nothing(monke
         with contextlib.ExitStack() as reading:
             for reader in (told, fresh, stalled):
                 reading.enter_context(b.registry.reading(cast("Any", reader)))
-            draining = asyncio.create_task(Drain(b.settings, b.registry).run(report=lambda *_: None))
+            draining = asyncio.create_task(
+                Drain(b.settings, b.registry, Farewell(b.settings)).run(report=lambda *_: None)
+            )
             await eventually(lambda: told.parted and stalled.evicted)
             assert (told.evicted, stalled.parted) == (False, False)
             assert (fresh.parted, fresh.evicted) == (False, False)
@@ -556,7 +563,9 @@ async def test_drain_moves_nobody_while_the_log_is_in_trouble(monkeypatch: pytes
         stream = b.create()
         reader = Told(stream)
         with b.registry.reading(cast("Any", reader)):
-            draining = asyncio.create_task(Drain(b.settings, b.registry).run(report=lambda *_: None))
+            draining = asyncio.create_task(
+                Drain(b.settings, b.registry, Farewell(b.settings)).run(report=lambda *_: None)
+            )
             await eventually(lambda: bool(reader.controls))
             await in_trouble(b, stream)
             reader.told_s = 5.0
