@@ -177,6 +177,13 @@ class Store:
     def do_hget(self, key: bytes, name: bytes) -> bytes | None:
         return (self._get(key) or {}).get(name)
 
+    def do_hdel(self, key: bytes, *names: bytes) -> int:
+        value = self._get(key) or {}
+        found = sum(value.pop(name, None) is not None for name in names)
+        if found and not value:
+            self.do_del(key)
+        return found
+
     def do_hmget(self, key: bytes, *names: bytes) -> list[bytes | None]:
         return [self.do_hget(key, name) for name in names]
 

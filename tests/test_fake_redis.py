@@ -86,6 +86,7 @@ def attended(draw: st.DrawFn) -> Call:
     for each in draw(some):
         keys += (state_key(each), readers_key(each))
         args += (draw(st.integers(0, 1)), draw(st.integers(0, 9999)))
+        args += (draw(st.sampled_from([0, 0, LONG_MS, 2 * LONG_MS])), draw(st.integers(0, 1)))
     return evaluate(scripts.ATTEND, keys, *args)
 
 
@@ -111,7 +112,7 @@ def claimed(digest: str, stream: str, request: str, token: str, lease_ms: int) -
 
 def withdrawn(stream: str, digest: str | None) -> Call:
     keys = [state_key(stream), entries_key(stream), withdrawn_key(stream)] + ([claim_key(digest)] if digest else [])
-    return evaluate(scripts.WITHDRAW, keys, stream, LONG_MS)
+    return evaluate(scripts.WITHDRAW, keys, stream, LONG_MS, LONG_MS, 9, "end")
 
 
 # Most calls do something only where there is a stream.

@@ -237,8 +237,10 @@ class Mirror:
         )
         return stream.decode(), asked.decode()
 
-    async def withdraw(self, stream_id: str, digest: str | None) -> None:
+    async def withdraw(self, stream_id: str, digest: str | None, frames: bytes, last_seq: int) -> None:
         """Forgets a stream that nobody was told of, and its claim, also where word of either is still on its way.
+
+        One that has had readers elsewhere is ended there by `frames`, which are all that it has.
 
         Tries for as long as Redis would keep them.
         """
@@ -250,7 +252,7 @@ class Mirror:
             try:
                 await self._withdraw(
                     keys=keys + ([claim_key(digest)] if digest else []),
-                    args=[stream_id, _WITHDRAWN_MS],
+                    args=[stream_id, _WITHDRAWN_MS, self._keep_ms, last_seq, frames],
                 )
             except (exceptions.RedisError, OSError):
                 failures += 1

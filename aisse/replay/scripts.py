@@ -6,9 +6,9 @@ tag, so that scripts may touch them together also in a Cluster; the bucket is th
 
 The state: `owner` (the producer's token), `last` (number of the last frame), `until` (when the lease lapses),
 `created`, `closed` (who ended it; unset while it runs), `ended`, `stop` (somebody asked for it); and of its readers
-elsewhere `far` (position up to which some have got), `moved` (until when those that were moved may come back) and
-`stalled` (the last one left with bytes waiting for it). Times are Redis's own, in milliseconds: instances' clocks are
-not compared.
+elsewhere `read` (there has been one), `far` (position up to which some have got), `moved` (until when those that were
+moved may come back) and `stalled` (the last one left with bytes waiting for it). Times are Redis's own, in
+milliseconds: instances' clocks are not compared.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ ATTEND = (
 local said = {now}
 for i = 1, #KEYS, 2 do
   local state, readers = KEYS[i], KEYS[i + 1]
-  local known = redis.call('HMGET', state, 'until', 'last', 'closed', 'far', 'moved')
+  local known = redis.call('HMGET', state, 'until', 'last', 'closed', 'far', 'moved', 'read')
   local at = #said + 1
   if known[1] then
     local read, far, moved, stalled = ARGV[2 * i + 1], ARGV[2 * i + 2], now + ARGV[2 * i + 3], ARGV[2 * i + 4]
@@ -173,6 +173,7 @@ for i = 1, #KEYS, 2 do
       redis.call('ZADD', readers, now + ARGV[2], ARGV[1])
       redis.call('PEXPIRE', readers, ARGV[2])
       redis.call('HDEL', state, 'stalled')
+      if not known[6] then redis.call('HSET', state, 'read', 1) end
     elseif redis.call('ZREM', readers, ARGV[1]) == 1 and stalled == '1' then
       redis.call('HSET', state, 'stalled', 1)
     end
@@ -264,11 +265,21 @@ return {ARGV[2], ARGV[3]}
 
 WITHDRAW = (
     _SMALL
+    + _NOW
     + """
 -- KEYS: state and entries, what says that the stream is withdrawn, the claim if it has one. ARGV: its id; for how many
--- ms what would begin it is refused. Forgets the stream, and its claim but no other's.
-redis.call('DEL', KEYS[1], KEYS[2])
-redis.call('SET', KEYS[3], 1, 'PX', ARGV[2])
+-- ms what would begin it is refused; keep ms; the number of its last frame, and all its frames. Forgets the stream, and
+-- its claim but no other's. One that was read elsewhere is known to somebody: it is ended instead, and kept.
+local known = redis.call('HMGET', KEYS[1], 'read', 'closed')
+if not known[1] then
+  redis.call('DEL', KEYS[1], KEYS[2])
+  redis.call('SET', KEYS[3], 1, 'PX', ARGV[2])
+elseif not known[2] then
+  redis.call('XADD', KEYS[2], ARGV[4] .. '-0', 'p', 0, 'f', ARGV[5])
+  redis.call('HSET', KEYS[1], 'last', ARGV[4], 'closed', 'withdrawn', 'ended', now)
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+  redis.call('PEXPIRE', KEYS[2], ARGV[3])
+end
 if KEYS[4] and redis.call('HGET', KEYS[4], 'stream') == ARGV[1] then redis.call('DEL', KEYS[4]) end
 """
 )

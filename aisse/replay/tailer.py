@@ -79,6 +79,9 @@ class Follower(Protocol):
     def burial(self) -> tuple[bytes, int]:
         """The frames that would end it as `producer_lost`, and the number of the last of them."""
 
+    def renunciation(self) -> tuple[bytes, int]:
+        """The frames that end it where it was withdrawn, and the number of the last of them."""
+
 
 class Found(NamedTuple):
     """A stream that Redis knows. Times are seconds since the epoch."""
@@ -189,19 +192,23 @@ class Tailer:
         self._leaving.pop(key, None)
         self._work.set()
 
-    async def hasten(self, stream_ids: Sequence[str]) -> list[bool]:
-        """Has streams that are followed since a moment ago count as read here, and come at once. Raises RedisError."""
+    async def hasten(self, stream_ids: Sequence[str]) -> list[bool | None]:
+        """Has streams that are followed since a moment ago count as read here, and come at once.
+
+        None for one that was withdrawn before it counted; it is not followed any more. Raises RedisError.
+        """
         keys = [entries_key(stream_id).encode() for stream_id in stream_ids]
         some = [followed for key in keys if (followed := self._followed.get(key)) is not None]
+        withdrawn: set[str] = set()
         for at in range(0, len(some), _BATCH):
-            await self._look_after(some[at : at + _BATCH], about_to_be_read=True)
+            withdrawn |= await self._look_after(some[at : at + _BATCH], about_to_be_read=True)
         # The call that waits does not know of them yet, or is on its way to wait.
         waiting = self._round
         while waiting % 2 and waiting == self._round and self._blocking_id is not None:
             if await self._client.client_unblock(self._blocking_id):
                 break
             await asyncio.sleep(_UNBLOCK_AGAIN_S)
-        return [True] * len(stream_ids)
+        return [None if stream_id in withdrawn else True for stream_id in stream_ids]
 
     def unfollow(self, stream: Follower) -> None:
         """Nothing comes any more, and soon it does not count as read here. Idempotent."""
@@ -355,7 +362,9 @@ class Tailer:
     def _has_news(self, followed: _Followed) -> bool:
         return followed.stream.furthest - followed.told >= self._report_bytes
 
-    async def _look_after(self, some: list[_Followed], *, about_to_be_read: bool = False) -> None:
+    async def _look_after(self, some: list[_Followed], *, about_to_be_read: bool = False) -> set[str]:
+        """The ids of those that were withdrawn, where nobody reads them yet and so nobody needs to be told."""
+        withdrawn: set[str] = set()
         args: list[Any] = [self._instance, self._lease_ms]
         positions = [each.stream.furthest for each in some]
         now = asyncio.get_running_loop().time()
@@ -384,6 +393,10 @@ class Tailer:
             each.told = position
             if self._followed.get(each.entries.encode()) is not each:
                 continue  # it has ended, or nobody reads it any more
+            if left_ms is None and ended and about_to_be_read and not each.stream.readers:
+                del self._followed[each.entries.encode()]
+                withdrawn.add(each.stream.id)
+                continue
             if left_ms is None:
                 self._miss(each, withdrawn=bool(ended))
                 continue
@@ -400,6 +413,7 @@ class Tailer:
                 args = [last_seq, end_seq, frames, self._keep_ms, now_ms + round(PROMPT_S * 1000)]
                 if await self._bury(keys=[each.state, each.entries], args=args):
                     _log.warning("producer lost", stream_id=each.stream.id[:8])
+        return withdrawn
 
     def _miss(self, followed: _Followed, *, withdrawn: bool) -> None:
         """Redis does not know the stream: it was emptied. Who generates has the time of a lease to say it again.
@@ -411,7 +425,8 @@ class Tailer:
             followed.missing_since = now
         if withdrawn or now - max(followed.missing_since, self._steady_since) >= self._lease_s:
             self._followed.pop(followed.entries.encode(), None)
-            followed.stream.conclude(*followed.stream.burial())
+            stream = followed.stream
+            stream.conclude(*(stream.renunciation() if withdrawn else stream.burial()))
 
 
 def is_end(frames: bytes) -> bool:

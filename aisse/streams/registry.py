@@ -200,7 +200,7 @@ class Registry:
                     try:
                         return self._start(key, question, leave_s, claimed)
                     except BaseException:
-                        self._shared.withdraw(claimed, key)
+                        self._shared.renounce(claimed, key)
                         raise
             with contextlib.suppress(UnknownStreamError):
                 return await self.find(holder)
@@ -348,10 +348,10 @@ class Registry:
             self._finished[stream.id] = stream
             self._memory.used += KEPT_BYTES
         else:
-            # Nobody was ever told its id; its key may be tried again.
-            self._release(stream)
+            # Nobody here was ever told its id; its key may be tried again.
             if self._shared is not None:
-                self._shared.withdraw(stream.id, stream.key)
+                self._shared.withdraw(stream)
+            self._release(stream)
         if self._shared is not None:
             self._shared.nobody_elsewhere(stream)
         owned = self._relays.get(stream.id)

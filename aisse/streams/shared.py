@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 from redis import exceptions
 
-from aisse.errors import ConfigError, LogUnavailableError
+from aisse.errors import ConfigError, LogUnavailableError, StreamError
 from aisse.formats.anthropic import AnthropicFormat
 from aisse.replay import scripts
 from aisse.replay.connection import ANSWER_S, Troubles, connect, in_words, wrong_url
@@ -109,6 +109,10 @@ class FollowedStream(Stream):
         """The frames that would end it as `producer_lost`, and the number of the last of them."""
         reason = Reason.PRODUCER_LOST
         return ending(self.id, self.log.last_seq, reason, failure(reason), self.usage)
+
+    def renunciation(self) -> tuple[bytes, int]:
+        """The frames that end it where it was withdrawn, and the number of the last of them."""
+        return _never_began(self.id, self.log.last_seq)
 
 
 class Shared:
@@ -257,19 +261,31 @@ class Shared:
             raise
         except (exceptions.RedisError, OSError, TimeoutError):
             # It may hold all the same, or will.
-            self._spawn(self._mirror.withdraw(stream_id, key), key)
+            self._spawn(self._mirror.withdraw(stream_id, key, *_never_began(stream_id)), key)
             raise LogUnavailableError from None
         return stream_id, holder if asked == _text(request) else None
 
     async def _unclaim(self, claim: asyncio.Task[tuple[str, str]], stream_id: str, key: str) -> None:
         with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
             await claim
-        await self._mirror.withdraw(stream_id, key)
+        await self._mirror.withdraw(stream_id, key, *_never_began(stream_id))
 
-    def withdraw(self, stream_id: str, key: tuple[bytes, str] | None) -> None:
-        """Has a stream forgotten that nobody was told of, and its key."""
-        digest = _digest(key) if key is not None else None
-        self._spawn(self._mirror.withdraw(stream_id, digest), digest)
+    def withdraw(self, stream: Stream) -> None:
+        """Has a stream that has ended forgotten, since nobody here was told of it, and its key.
+
+        Other instances have answered their readers already: where there are some, it ends for them as it did here.
+        """
+        digest = _digest(stream.key) if stream.key is not None else None
+        log = stream.log
+        frames, last_seq = log.read(0), log.last_seq
+        if len(frames) < log.tail:  # more than a segment of pings
+            frames, last_seq = _never_began(stream.id, last_seq)
+        self._spawn(self._mirror.withdraw(stream.id, digest, frames, last_seq), digest)
+
+    def renounce(self, stream_id: str, key: tuple[bytes, str]) -> None:
+        """Has what was claimed for a key forgotten: the stream could not be started."""
+        digest = _digest(key)
+        self._spawn(self._mirror.withdraw(stream_id, digest, *_never_began(stream_id)), digest)
 
     # What other instances say.
 
@@ -360,7 +376,10 @@ class Shared:
             self._followed[stream_id] = stream
             self._tailer.follow(stream)
             with contextlib.suppress(LogUnavailableError):  # then it comes later
-                await self._hastened.find(stream_id, patient=False)
+                if await self._hastened.find(stream_id, patient=False) is None:
+                    self._followed.pop(stream_id, None)
+                    stream.log.discard()
+                    return False
             if not stream.readers:
                 stream.left = asyncio.get_running_loop().time()
         else:
@@ -420,6 +439,12 @@ class Shared:
         task = asyncio.create_task(work)
         self._withdrawing[task] = key or ""
         task.add_done_callback(self._withdrawing.pop)
+
+
+def _never_began(stream_id: str, seq: int = 0) -> tuple[bytes, int]:
+    """The frames that end a stream for readers elsewhere where its producer is well, but has no answer to give."""
+    error = StreamError("api_error", "this answer never began; ask again")
+    return ending(stream_id, seq, Reason.ERROR, error, {"input_tokens": 0, "output_tokens": 0})
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

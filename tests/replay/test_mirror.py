@@ -430,6 +430,7 @@ async def test_readers_that_others_have_moved_are_told_of_before_they_are_gone(b
         await bed.renewed()
         bed.elsewhere.clear()
         bed.moved_ms = 2500
+        bed.mirror._steady_since = 0.0
         await bed.renewed()
         assert bed.producer.told[-2:] == [("moved", log.id, 2.5), ("read", log.id, 0, 0)]
         # While Redis may not know of those that are there, too.
@@ -449,6 +450,7 @@ async def test_reader_that_left_elsewhere_with_bytes_waiting_is_told_of(bed: Bed
         await bed.renewed()
         bed.elsewhere[log.id] = 0, 5
         bed.stalled = True
+        bed.mirror._steady_since = 0.0
         await bed.renewed()
         assert bed.producer.told[-1] == ("read", log.id, 0, 5, "stalled")
 

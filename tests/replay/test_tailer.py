@@ -13,6 +13,7 @@ from fake_client import Clock, FakeRedis
 from redis import exceptions
 from structlog.testing import capture_logs
 
+from aisse.errors import StreamError
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.mirror import interval_s
 from aisse.replay.scripts import entries_key, state_key
@@ -54,6 +55,10 @@ class Follower:
     def burial(self) -> tuple[bytes, int]:
         reason = Reason.PRODUCER_LOST
         return ending(self.id, self.log.last_seq, reason, failure(reason), {"input_tokens": 0, "output_tokens": 0})
+
+    def renunciation(self) -> tuple[bytes, int]:
+        error = StreamError("api_error", "withdrawn")
+        return ending(self.id, self.log.last_seq, Reason.ERROR, error, {"input_tokens": 0, "output_tokens": 0})
 
     def frames(self, first: int, last: int) -> bytes:
         return b"".join(frame("a", f"number {seq}", f"{self.id}.{seq}") for seq in range(first, last + 1))
@@ -340,6 +345,21 @@ async def test_readers_that_left_are_told_of_with_their_leaving(bed: Bed) -> Non
         moved_ms, stalled = bed.said[-1].left[follower.id]
         assert 11_000 < moved_ms <= 12_000
         assert stalled
+
+
+async def test_stream_that_was_withdrawn_before_it_counted_as_read_is_none(bed: Bed) -> None:
+    """Who is about to read it was not answered yet, and can ask for another one."""
+    new, read = Follower(1), Follower(2)
+    new.readers = 0
+    bed.left_ms = {new.id: None, read.id: None}
+    bed.ended = {new.id, read.id}
+    for each in (new, read):
+        bed.tailer.follow(each)
+    assert await bed.tailer.hasten([new.id, read.id]) == [None, True]
+    assert new.ends == []
+    assert len(read.ends) == 1
+    await bed.tailer._look_after_all(list(bed.tailer._followed.values()))
+    assert new.id not in bed.said[-1].about
 
 
 async def test_stream_that_is_about_to_be_read_counts_as_read_and_comes_at_once(bed: Bed) -> None:

@@ -1168,7 +1168,10 @@ async def test_reader_elsewhere_of_a_stream_that_is_withdrawn_is_told_at_once(re
         refuse.set()
         assert (await first)[0] == 429
         async with asyncio.timeout(9):
-            assert reason((await second)[1]) == "producer_lost"
+            text = (await second)[1]
+            assert reason(text) == "error"
+            assert "rate_limit_error" in text
+            assert await f.read(1, f"/api/chat/{text[text.index('id: ') + 4 :][:22]}") == text
         assert reason((await post(f, 1, "k"))[1]) == "complete"
         assert f.generations == 2
 
