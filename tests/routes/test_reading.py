@@ -648,7 +648,8 @@ async def test_identical_posts_that_race_start_one_generation(
     answers = await asyncio.gather(*(ask(server, "POST", "/api/chat", prompt(text), **headers) for _ in range(20)))
     assert {answer.status for answer in answers} == {202 if prefer else 200}
     assert len({answer.headers["Content-Location"] for answer in answers}) == 1
-    assert len({answer.body for answer in answers}) == 1
+    if not prefer:  # a 202 says how the answer stands, too, which may begin between two of them
+        assert len({answer.body for answer in answers}) == 1
     assert simulator.stats.requests == server.registry.generations == 1
 
 
