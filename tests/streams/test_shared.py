@@ -925,9 +925,10 @@ async def test_start_without_redis_is_said_and_made_up_for(redis: Redis, capsys:
 async def test_streams_that_were_read_elsewhere_are_forgotten_where_they_were_generated(redis: Redis) -> None:
     async with fleet(redis.url, retention_s=0.5) as f:
         for _ in range(5):
-            path = await f.ask(0, "[[tokens=30 pace=30]]")
+            path = await f.ask(0, "[[tokens=5000 pace=30]]")
             reader = asyncio.create_task(f.read(1, path))
-            await eventually(lambda path=path: bool(f.instances[0].registry._shared._elsewhere))  # type: ignore[union-attr, misc]
+            await eventually(lambda: bool(f.instances[0].registry._shared._elsewhere))  # type: ignore[union-attr]
+            await f.instances[0].registry.stop(path[-22:])
             await reader
         await eventually(lambda: f.instances[0].registry.replay_bytes == 0)
 
