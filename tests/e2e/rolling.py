@@ -80,6 +80,8 @@ class Seen:
     gone_s: list[float] = field(default_factory=list)
     """From the signal to the end of each instance, in seconds."""
     exit_codes: Counter[int] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+    """What instances logged at level error: nothing of what is done on purpose is one."""
 
     def take(self, outcome: dict[str, Any]) -> None:
         """One answer's, as a client tells it."""
@@ -122,6 +124,7 @@ class Seen:
             ("restarts", f"{len(self.gone_s)}", ""),
             ("seconds to the end of an instance, at most", f"{max(self.gone_s):.1f}", f"<= {self.drain_s + 2:.1f}"),
             ("exit codes", f"{dict(self.exit_codes)}", "all 0"),
+            ("log lines at level error", f"{len(self.errors)} {Counter(self.errors) if self.errors else ''}", "0"),
         ]
         return "\n".join(f"{name:<54} {value:<14} {bound}".rstrip() for name, value, bound in rows)
 
@@ -134,6 +137,7 @@ class Seen:
             and self.reasons.total() == self.reasons["complete"] + self.reasons["shutdown"] == self.asked
             and not (self.cut_short or self.lost or self.doubled or self.endings)
             and set(self.exit_codes) == {0}
+            and not self.errors
         )
 
     @property
@@ -151,7 +155,7 @@ async def roll(
     async with contextlib.AsyncExitStack() as stack:
         log = await stack.enter_async_context(redis_server(engine))
         upstream = await stack.enter_async_context(served("simulate"))
-        fleet = await asyncio.gather(*(Instance.start(upstream.url, log.url, drain_s) for _ in range(INSTANCES)))
+        fleet = await asyncio.gather(*(Instance.start(upstream.url, log.url, drain_s, seen) for _ in range(INSTANCES)))
         for instance in fleet:
             stack.push_async_callback(instance.close)
         front = await stack.enter_async_context(
@@ -232,17 +236,18 @@ async def load(node: str, job: dict[str, Any], seen: Seen) -> Any:
 class Instance:
     """One of the instances, on a port that it keeps."""
 
-    def __init__(self, upstream: str, log: str, drain_s: float) -> None:
+    def __init__(self, upstream: str, log: str, drain_s: float, seen: Seen) -> None:
         self._upstream = upstream
         self._log = log
         self._drain_s = drain_s
+        self._seen = seen
         self._stack = contextlib.AsyncExitStack()
         self._process: Command
         self.address = ("127.0.0.1", 0)
 
     @classmethod
-    async def start(cls, upstream: str, log: str, drain_s: float) -> Instance:
-        instance = cls(upstream, log, drain_s)
+    async def start(cls, upstream: str, log: str, drain_s: float, seen: Seen) -> Instance:
+        instance = cls(upstream, log, drain_s, seen)
         await instance._start()
         return instance
 
@@ -262,6 +267,7 @@ class Instance:
         self._process.process.send_signal(signal.SIGTERM)
         code = await self._process.exit(self._drain_s + HANGING_S)
         gone_s = time.monotonic() - begun
+        self._seen.errors += [line["event"] for line in self._process.log() if line["level"] in {"error", "critical"}]
         await self._stack.aclose()
         await self._start()
         return code, gone_s
