@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 
 import aisse
 from aisse.errors import ConfigError, DrainingError, RequestError, StreamError, error_body
+from aisse.formats.known import FORMATS
 from aisse.routes import chat, operations, pages
 from aisse.service.connection import SERVER, connections
 from aisse.service.drain import Drain
@@ -24,7 +25,7 @@ from aisse.upstream.client import Upstream, needs_key
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from aiohttp.typedefs import Handler, Middleware
 
@@ -79,12 +80,13 @@ def create_app(
     app[REGISTRY] = registry
     app[DRAIN] = drain
     routes = [
-        *chat.routes(settings, registry, farewell),
+        *chat.routes(settings, upstream.format, registry, farewell),
         *operations.routes(settings, registry, upstream.name, lambda: time.monotonic() - started, log_lines_dropped),
         *pages.routes(page=settings.page),
     ]
     asked_across = ("/api/chat", "/api/chat/{stream:[A-Za-z0-9_-]{22}}", "/api/chat/{stream:[A-Za-z0-9_-]{22}}/stop")
-    routes += [web.options(path, _preflight) for path in asked_across]
+    preflight = _preflight(upstream.format.request_headers)
+    routes += [web.options(path, preflight) for path in asked_across]
     app.add_routes(routes)
     if settings.base_path:
         app.add_routes(_below(settings.base_path, routes))
@@ -158,7 +160,7 @@ async def serve(
             if base_url.startswith("http:"):
                 raise ConfigError(f"upstream: keys go over TLS only; say https:// instead of {base_url}")
             raise ConfigError(f"upstream: {base_url} needs a key; set {variable}, or try `--upstream simulator`")
-        upstream = Upstream(base_url, settings, key=key, name=name)
+        upstream = Upstream(base_url, settings, FORMATS["anthropic"](settings), key=key, name=name)
 
         app = create_app(settings, upstream, log_lines_dropped)
         # Before the runner, so that it ends after the runner's cleanup: a watchdog has to be told through that, too.
@@ -344,16 +346,16 @@ async def _server_header(_request: web.Request, response: web.StreamResponse) ->
     response.headers[hdrs.SERVER] = SERVER
 
 
-async def _preflight(_request: web.Request) -> web.Response:
+def _preflight(of_format: Iterable[str]) -> Handler:
     """Fetch, section 3.3 "CORS-preflight": what may be asked; whether a page may is said by `_api_headers`."""
-    return web.Response(
-        status=204,
-        headers={
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, DELETE",
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: (
-                "Authorization, Content-Type, Accept, Cache-Control, "
-                "Last-Event-ID, Idempotency-Key, Prefer, Aisse-On-Leave, anthropic-beta"
-            ),
-            hdrs.ACCESS_CONTROL_MAX_AGE: "7200",
-        },
-    )
+    ours = "Authorization, Content-Type, Accept, Cache-Control, Last-Event-ID, Idempotency-Key, Prefer, Aisse-On-Leave"
+    headers = {
+        hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, DELETE",
+        hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ", ".join((ours, *of_format)),
+        hdrs.ACCESS_CONTROL_MAX_AGE: "7200",
+    }
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=204, headers=headers)
+
+    return answer

@@ -15,6 +15,7 @@ from aiohttp import web
 from hypothesis import settings as hypothesis_settings
 
 from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
+from aisse.formats.anthropic import Anthropic
 from aisse.service.connection import connections
 from aisse.service.listener import Listener
 from aisse.settings import Settings
@@ -67,7 +68,7 @@ class Server:
 async def serving(upstream: str, *, key: str | None = None, **settings: Any) -> AsyncIterator[Server]:
     """An aisse in front of `upstream` (a base URL), with `settings` that differ from the defaults and from PATIENT."""
     effective = Settings.model_validate({"upstream": upstream, "drain_s": 0, **PATIENT, **settings})
-    app = create_app(effective, Upstream(upstream, effective, key=key))
+    app = create_app(effective, Upstream(upstream, effective, Anthropic(effective), key=key))
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=2.0, **runner_arguments(effective))
     await runner.setup()
     try:

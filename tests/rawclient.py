@@ -90,6 +90,24 @@ def parse(payload: bytes) -> Written:
     return written
 
 
+def joined(frames: list[Frame]) -> dict[tuple[int, str], bytes]:
+    """What a client accumulates: text by block and kind, in UTF-16, which is what JavaScript's strings are."""
+    texts: dict[tuple[int, str], bytes] = {}
+    for item in frames:
+        data = json.loads(item.data)
+        if item.event == "content_block_delta":
+            for name in ("text", "thinking"):
+                if name in data["delta"]:
+                    at = data["index"], data["delta"]["type"]
+                    piece = data["delta"][name].encode("utf-16-le", "surrogatepass")
+                    texts[at] = texts.get(at, b"") + piece
+    return texts
+
+
+def mergeable(item: Frame) -> bool:
+    return item.event == "content_block_delta" and bool(re.search(r"(text|thinking)_delta", item.data))
+
+
 class ChunkedDecoder:
     """RFC 9112 section 7.1, without extensions and trailers, which aiohttp does not send."""
 

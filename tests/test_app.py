@@ -22,6 +22,7 @@ from raw import connected, request
 from aisse import app as app_module
 from aisse.app import REGISTRY, create_app, runner_arguments, serve
 from aisse.errors import ConfigError, RequestError, UpstreamError
+from aisse.formats.anthropic import Anthropic
 from aisse.settings import Settings
 from aisse.streams.registry import Registry
 from aisse.telemetry import log
@@ -37,7 +38,7 @@ CANARY = "canary-7f3a"
 
 def application(upstream: str, **settings: object) -> web.Application:
     effective = Settings.model_validate({"upstream": upstream, **settings})
-    return create_app(effective, Upstream(upstream, effective))
+    return create_app(effective, Upstream(upstream, effective, Anthropic(effective)))
 
 
 # --- limits ---------------------------------------------------------------------------------------------------
@@ -318,7 +319,7 @@ async def test_start_that_fails_half_way_leaves_no_part_open(
 ) -> None:
     """Whichever part it is that fails, at its end."""
     settings = Settings.model_validate({"upstream": simulator.url})
-    upstream = Upstream(simulator.url, settings)
+    upstream = Upstream(simulator.url, settings, Anthropic(settings))
     start = part.start
 
     async def fail(self: Registry | Upstream) -> None:

@@ -284,12 +284,12 @@ async def test_words_of_an_upstream_that_are_no_secret_do_reach_the_client(clien
 WITH_A_BUG = f"""
 from aisse.commands import cli
 from aisse.formats import anthropic
-observe = anthropic.AnthropicFormat.observe
+observe = anthropic.AnthropicFollower.observe
 def broken(self, event_type, body):
     if b"signature_delta" in body:
         raise ValueError("cannot read {PROMPT} {COMPLETION} {KEY} {QUERY} {TOKEN}")
     return observe(self, event_type, body)
-anthropic.AnthropicFormat.observe = broken
+anthropic.AnthropicFollower.observe = broken
 cli.main()
 """
 

@@ -1,4 +1,4 @@
-"""The Anthropic Messages stream: its terminal event, its usage, its errors.
+"""The Anthropic Messages API: what it may be asked, its terminal event, its usage, its errors.
 
 https://docs.anthropic.com/en/docs/build-with-claude/streaming describes the events: `message_start`, blocks of
 `content_block_start`, `content_block_delta` and `content_block_stop`, `message_delta`, `message_stop`; `ping` and
@@ -7,51 +7,239 @@ https://docs.anthropic.com/en/docs/build-with-claude/streaming describes the eve
 
 from __future__ import annotations
 
-import enum
 import json
 import re
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta, Raw
+from msgspec.json import Decoder
+
+from aisse.errors import RequestError
+from aisse.formats.document import (
+    ABSENT,
+    SCALAR_BYTES,
+    STARTS,
+    Document,
+    Turns,
+    check_count,
+    check_items,
+    check_object,
+    check_start,
+    check_string,
+    invalid,
+    is_json,
+    named,
+    object_in,
+    scalar,
+)
+from aisse.formats.errors import error_of
+from aisse.formats.format import CONTENT, END, ERROR, OURS, PING, RESERVED, Asked, Mark
+from aisse.settings import MODEL_NAME
 from aisse.sse import data_of
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-class Mark(enum.Enum):
-    """What the relay has to know of an event."""
+    from multidict import MultiMapping
 
-    CONTENT = enum.auto()
-    PING = enum.auto()
-    END = enum.auto()
-    ERROR = enum.auto()
-    RESERVED = enum.auto()
+    from aisse.formats.document import Check
+    from aisse.formats.errors import Said
+    from aisse.settings import Settings
+
+_VERSION = "2023-06-01"
+
+_MESSAGES = 10_000
+_BLOCKS = 10_000
+_TOOLS = 1_000
+_STOP_SEQUENCES = 1_000
+
+# What checking a message costs beside its bytes, as the number of bytes that could be parsed meanwhile.
+_MESSAGE_BYTES = 100
+
+# What a value of `anthropic-beta` looks like. Other text is not repeated in an error.
+_BETA = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+_TRUE = ord("t")
 
 
-# Names of their own: looking a member up in its enum is slow, and this is done for every event.
-CONTENT, PING, END, ERROR, RESERVED = Mark
+class Anthropic:
+    """The Messages API as a Format. `allow_fields` and `allow_betas` open what is closed without them."""
 
-# Events of our own: an upstream's would end a reader's stream in the middle, or send it elsewhere.
-_OURS = frozenset({b"end", b"reconnect"})
+    request_headers: tuple[str, ...] = ("anthropic-beta",)
+    # In the text of an answer its quotes have backslashes.
+    usage_word = b'"usage"'
+
+    def __init__(self, settings: Settings) -> None:
+        self._allow_betas = settings.allow_betas
+        self._document = Document(_FIELDS, settings.allow_fields)
+        self._model = memoryview(json.dumps(settings.model).encode())
+        self._max_tokens = memoryview(b"%d" % settings.max_tokens)
+
+    def passed_on(self, headers: MultiMapping[str]) -> dict[str, str]:
+        """The values of `anthropic-beta`, each once. Raises RequestError (400), which names one that is not allowed."""
+        fields = headers.getall("anthropic-beta", [])
+        asked = dict.fromkeys(value.strip() for field in fields for value in field.split(","))
+        asked.pop("", None)
+        for value in asked:
+            if value not in self._allow_betas:
+                said = value if _BETA.fullmatch(value) else "one of its values"
+                raise RequestError(400, "invalid_request_error", f"{said} is not allowed here", "anthropic-beta")
+        return {"anthropic-beta": ",".join(asked)} if asked else {}
+
+    async def ask(self, body: bytes | bytearray) -> Asked:
+        """As in Format: a field that is null counts as absent, and of one that is given twice the last counts."""
+        turns = Turns(len(body))
+        values = await self._document.read(body, turns)
+        await _check_messages(values.get("messages"), turns)
+        values.pop("stream", None)
+        model = values.pop("model", self._model)
+        max_tokens = values.pop("max_tokens", self._max_tokens)
+        head = (b'{"model":', model, b',"max_tokens":', max_tokens, b',"stream":true')
+        pieces = self._document.join(head, values, turns)
+        return Asked(pieces, _TEXT.decode(model), _COUNT.decode(max_tokens), "max_tokens")
+
+    def endpoint(self, path: str) -> str:
+        """People paste the URL that their other tools want: it may end in `/v1`, or in all of the path."""
+        return re.sub(r"/v1(?:/messages)?$", "", path.rstrip("/")) + "/v1/messages"
+
+    def headers(self, key: str | None) -> Mapping[str, str]:
+        """The version of the API, and the key."""
+        version = {"anthropic-version": _VERSION}
+        return version if key is None else version | {"x-api-key": key}
+
+    def follow(self, usage: dict[str, int]) -> AnthropicFollower:
+        """A follower for one answer."""
+        return AnthropicFollower(usage)
+
+    def compact(self, frames: bytes) -> bytes:
+        """As in Format: what is merged are the deltas of one block's text, and of one block's thinking."""
+        return _compact(frames)
+
+    def read_error(self, payload: bytes) -> Said:
+        """What an error says in whatever shape: what calls itself compatible with this API has many."""
+        return error_of(payload)
 
 
-class AnthropicFormat:
-    """Follows one stream. Only the few events that carry usage are parsed as JSON, once each."""
+# --- questions ------------------------------------------------------------------------------------------------
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=False):
+    role: Raw = ABSENT
+    content: Raw = ABSENT
+
+
+_MESSAGE_LIST = Decoder(list[_Message])
+_ROLE = Decoder(Literal["user", "assistant"])
+_TEXT = Decoder(str)
+_COUNT = Decoder(Annotated[int, Meta(ge=0)])
+_FROM_0_TO_1 = Decoder(Annotated[float, Meta(ge=0, le=1)])
+_FROM_0_TO_2 = Decoder(Annotated[float, Meta(ge=0, le=2)])
+
+
+async def _check_messages(value: memoryview | None, turns: Turns) -> None:
+    if value is None:
+        raise invalid("messages", "is missing")
+    check_start(value, "messages", "a list")
+    try:
+        messages = _MESSAGE_LIST.decode(value)
+    except msgspec.ValidationError as error:
+        raise named(error, "messages") from None
+    await turns.took(len(value))
+    check_count(len(messages), "messages", 1, _MESSAGES)
+    index = 0
+    try:
+        for index, message in enumerate(messages):  # noqa: B007 - names the message that was refused
+            role, content = message.role, memoryview(message.content)
+            try:
+                _ROLE.decode(role if len(role) <= SCALAR_BYTES else b"")
+            except msgspec.DecodeError:
+                raise invalid("role", "must be `user` or `assistant`") from None
+            _check_content(content, "content")
+            await turns.took(len(content) + _MESSAGE_BYTES)
+    except RequestError as error:
+        error.field = f"messages.{index}.{error.field}"
+        raise
+
+
+def _check_content(value: memoryview, field: str) -> None:
+    """It must be text, or blocks; what is in a block is the upstream's to judge."""
+    start = value[0] if value else 0
+    if start == STARTS["a list"]:
+        check_items(value, field, "an object", _BLOCKS, at_least=1)
+    elif start != STARTS["a string"]:
+        raise invalid(field, "must be text or a list of blocks" if start else "is missing")
+    elif len(value) == 2:
+        raise invalid(field, "must not be empty")
+
+
+def _check_tools(value: memoryview, field: str) -> None:
+    check_items(value, field, "an object", _TOOLS)
+
+
+def _check_stop_sequences(value: memoryview, field: str) -> None:
+    check_items(value, field, "a string", _STOP_SEQUENCES)
+
+
+def _check_model(value: memoryview, field: str) -> None:
+    if re.fullmatch(MODEL_NAME, scalar(_TEXT, value, field)) is None:
+        raise invalid(field, "is no well-formed name of a model")
+
+
+def _check_max_tokens(value: memoryview, field: str) -> None:
+    if scalar(_COUNT, value, field) < 1:
+        raise invalid(field, "must be at least 1")
+
+
+def _check_stream(value: memoryview, field: str) -> None:
+    if value[0] != _TRUE:
+        raise invalid(field, "must be true, or absent")
+
+
+# What may be asked, and how each is checked. What is passed on as it is is checked by what it begins with.
+_FIELDS: dict[str, Check | None] = {
+    "model": _check_model,
+    "max_tokens": _check_max_tokens,
+    "stream": _check_stream,
+    "messages": None,  # by _check_messages, last
+    "system": _check_content,
+    "temperature": partial(scalar, _FROM_0_TO_2),
+    "top_p": partial(scalar, _FROM_0_TO_1),
+    "top_k": partial(scalar, _COUNT),
+    "stop_sequences": _check_stop_sequences,
+    "thinking": check_object,
+    "tools": _check_tools,
+    "tool_choice": check_object,
+    "metadata": check_object,
+    "output_config": check_object,
+    "cache_control": check_object,
+    "service_tier": check_string,
+}
+
+
+# --- events ---------------------------------------------------------------------------------------------------
+
+
+class AnthropicFollower:
+    """Follows one answer. Only the few events that carry usage are parsed as JSON, once each."""
 
     __slots__ = ("_usage",)
 
     def __init__(self, usage: dict[str, int]) -> None:
-        """`usage` is kept up to date: `input_tokens` and `output_tokens`, cumulative as the upstream reports them."""
         self._usage = usage
 
     def observe(self, event_type: bytes, body: bytes) -> Mark:
-        """Classifies an event (type and lines as in sse.RawEvent) and takes its usage."""
+        """What the next event is; see Follower."""
         # Deltas are nearly all there is: they take this one comparison.
         if event_type == b"content_block_delta":
             return CONTENT
         if event_type in {b"", b"message"}:  # clients cannot tell the two apart
-            # Some compatible servers leave `event:` out; the data says the same.
-            data = _loads(data_of(body))
-            named = data.get("type")
+            # Some compatible servers leave `event:` out. The data says the same.
+            data = object_in(data_of(body))
+            name = data.get("type")
             # JSON can spell lone surrogates, which do not encode.
-            event_type = named.encode(errors="replace") if isinstance(named, str) else b""
+            event_type = name.encode(errors="replace") if isinstance(name, str) else b""
             if not event_type and data.get("error"):
                 return ERROR  # gateways in front of the API say theirs so
         if event_type == b"ping":
@@ -60,12 +248,12 @@ class AnthropicFormat:
             return END
         if event_type == b"error":
             return ERROR
-        if event_type in _OURS:
+        if event_type in OURS:
             return RESERVED
         if event_type == b"message_start":
-            self._take(_loads(data_of(body)).get("message"))
+            self._take(object_in(data_of(body)).get("message"))
         elif event_type == b"message_delta":
-            self._take(_loads(data_of(body)))
+            self._take(object_in(data_of(body)))
         return CONTENT
 
     def _take(self, message: Any) -> None:
@@ -74,134 +262,22 @@ class AnthropicFormat:
             return
         for name in ("input_tokens", "output_tokens"):
             count = usage.get(name)
-            # Beyond 2^53 no client's JSON could hold it, and far beyond Python refuses to print it.
+            # Beyond 2^53 no client's JSON could hold it, and far beyond that Python refuses to print it.
             if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= 2**53:
                 self._usage[name] = count
 
+    def is_whole(self, data: bytes) -> bool:
+        """The data of every event is JSON, and half of it is not."""
+        return is_json(data)
 
-class Said(NamedTuple):
-    """What an upstream says of an error: its message, empty where there is none, and what names its kind."""
-
-    message: str = ""
-    kinds: tuple[str, ...] = ()
-    """Codes and types, in its own words, what says most first."""
-    status: int | None = None
-    """An HTTP status that its JSON carries."""
-
-
-# Where the words stand, what says most first: the Messages API and OpenAI, FastAPI, OAuth, RFC 9457.
-_INNER = ("error", "errors", "detail", "message")
-_WORDS = ("message", "msg", "detail", "error_description", "error_message", "error", "title", "reason")
-_NESTING = 8
-_LISTED = 3
-
-# A plain text's first line; more is a traceback, or a page.
-_LINE_CHARS = 200
-
-# JSON that was cut off where our patience ended: FastAPI's quote the whole request behind the words.
-_CUT_WORDS = re.compile(r'"(?:message|msg|detail|error)" ?: ?"((?:[^"\\]|\\.)*+)"')
-
-
-def error_of(payload: bytes) -> Said:
-    """What the body of an error, or the data of an `error` event, says, whatever its shape; nothing is made up.
-
-    `{"type": "error", "error": {"type", "message"}}` is the API's own. In the field there are also `{"error": "text"}`,
-    `{"detail": ...}`, `{"message": ...}`, lists of these, errors inside errors, and plain text. A page says nothing.
-    """
-    text = payload.decode(errors="replace").removeprefix("\ufeff").strip()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return _said_as_text(text)
-    return _said(value, _NESTING)
-
-
-def _said_as_text(text: str) -> Said:
-    if text.startswith(("{", "[")):
-        found = _CUT_WORDS.search(text)
-        return Said(_unescaped(found[1])) if found else Said()
-    line = text.partition("\n")[0].strip()
-    # A page, or no text at all: what the status says is more.
-    if text.startswith("<") or not line.replace("\t", " ").isprintable() or "\ufffd" in line:
-        return Said()
-    if len(line) > _LINE_CHARS:
-        # Between two words: half of a key would not be told for what it is.
-        line = line[:_LINE_CHARS].rpartition(" ")[0]
-    return Said(line)
-
-
-def _unescaped(spelt: str) -> str:
-    try:
-        text: str = json.loads(f'"{spelt}"')
-    except ValueError:
-        return ""
-    return text
-
-
-def _said(value: Any, depth: int) -> Said:
-    if depth == 0:
-        return Said()
-    if isinstance(value, str):
-        # Gateways put what they were told into a string.
-        inner = _loads(value.encode(errors="replace")) if value.lstrip().startswith("{") else None
-        return _said(inner, depth - 1) if inner else Said(value.strip())
-    if isinstance(value, list):
-        found = [_said(item, depth - 1) for item in value[:_LISTED]]
-        message = "; ".join(said.message for said in found if said.message)
-        return found[0]._replace(message=message) if found else Said()
-    if isinstance(value, dict):
-        return _said_by_object(value, depth)
-    return Said()
-
-
-def _said_by_object(value: dict[str, Any], depth: int) -> Said:
-    kinds = tuple(word for name in ("code", "type", "status") if isinstance(word := value.get(name), str) and word)
-    numbers = (value.get(name) for name in ("status", "code", "status_code", "statusCode"))
-    status = next((number for number in numbers if type(number) is int and 400 <= number < 600), None)
-    for name in _INNER:
-        if isinstance(value.get(name), dict | list):
-            inner = _said(value[name], depth - 1)
-            if inner.message or inner.kinds:
-                message = inner.message or _words(value, depth).message
-                return Said(message, inner.kinds + kinds, inner.status or status)
-    words = _words(value, depth)
-    if isinstance(error := value.get("error"), str) and words.message != error.strip():
-        kinds = (error, *kinds)  # OAuth: a word for machines, beside one for people
-    return Said(words.message, words.kinds + kinds, words.status or status)
-
-
-def _words(value: dict[str, Any], depth: int) -> Said:
-    for name in _WORDS:
-        if isinstance(text := value.get(name), str) and text.strip():
-            said = _said(text, depth - 1)
-            # What pydantic says of a field is nothing without the field.
-            where = value.get("loc")
-            if isinstance(where, list) and said.message:
-                path = ".".join(str(part) for part in where if isinstance(part, str | int) and part != "body")
-                said = said._replace(message=f"{path}: {said.message}" if path else said.message)
-            return said
-    return Said()
-
-
-def is_json(payload: bytes) -> bool:
-    """Whether a text is JSON to its end, as the data of every event of this API is."""
-    try:
-        json.loads(payload)
-    except (ValueError, RecursionError):
+    def is_complete(self) -> bool:
+        """An answer without `message_stop` has been cut off, however its body ended."""
         return False
-    return True
 
 
-def _loads(payload: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(payload)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-# A delta that only adds text: everything up to the text, the text as JSON spells it, the rest, and the id. Possessive:
-# there is one way to read it, and to remember others at every escape takes ninety times the memory of the text.
+# A delta that only adds text: everything up to the text, the text as JSON spells it, the rest, and the id. Its
+# quantifiers are possessive. There is one way to read it, and to remember others at every escape would take ninety
+# times the memory of the text.
 _DELTA = re.compile(
     rb"(event: content_block_delta\ndata: "
     rb'\{"type": ?"content_block_delta", ?"index": ?[0-9]++, ?"delta": ?'
@@ -215,11 +291,11 @@ _DELTA = re.compile(
 _MERGED_BYTES = 64 << 10
 
 
-def compact(frames: bytes) -> bytes:
-    """Whole frames with each run of adjacent text deltas, or of thinking deltas, of one block merged into one.
+def _compact(frames: bytes) -> bytes:
+    """JSON strings are joined as they are spelt.
 
-    A merged event has the id of its last. JSON strings are joined as they are spelt: of valid UTF-8, what a client
-    adds up is the same to the byte, also where a surrogate pair was split between two events.
+    Of valid UTF-8, what a client adds up is the same to the byte, also where a surrogate pair was split between two
+    events.
     """
     merged: list[bytes] = []
     head = tail = last_id = b""

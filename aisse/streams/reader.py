@@ -17,11 +17,12 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
-from aisse.formats.anthropic import compact
 from aisse.sse import HEARTBEAT, opening
 from aisse.streams.stream import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp.abc import AbstractStreamWriter
 
     from aisse.settings import Settings
@@ -121,9 +122,15 @@ class Reader:
     )
 
     def __init__(
-        self, stream: Stream, settings: Settings, seq: int = 0, *, compacted: bool = False, expected: bool = False
+        self,
+        stream: Stream,
+        settings: Settings,
+        seq: int = 0,
+        *,
+        compact: Callable[[bytes], bytes] | None = None,
+        expected: bool = False,
     ) -> None:
-        """Continues after event `seq`; `compacted` merges runs of deltas where the reader is behind.
+        """Continues after event `seq`; `compact` merges runs of deltas where the reader is behind (see Format).
 
         `expected` is who may be the one that was told of the stream's URL.
 
@@ -132,7 +139,7 @@ class Reader:
         """
         self.stream = stream
         self.position = 0
-        self._compact = compacted
+        self._compact = compact
         self._expected = expected
         self._seq = seq
         self._settings = settings
@@ -247,12 +254,12 @@ class Reader:
     def _take(self, limit: int) -> bytes:
         """Whole frames from the log to be written at once: `limit` bytes, or a frame more; empty at the tail."""
         frames = self._read(limit)
-        if self._compact:
-            frames = self._read_on(compact(frames), limit)
+        if self._compact is not None:
+            frames = self._read_on(self._compact(frames), limit, self._compact)
         self.stream.advance(self.position)
         return frames
 
-    def _read_on(self, frames: bytes, limit: int) -> bytes:
+    def _read_on(self, frames: bytes, limit: int, compact: Callable[[bytes], bytes]) -> bytes:
         """`frames`, which are compact, and of what follows as much as fits when it is compact, too."""
         reads = 1
         while reads < _COMPACT_READS and len(frames) < limit and (more := self._read(limit - len(frames))):

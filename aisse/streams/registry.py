@@ -28,6 +28,7 @@ from aisse.upstream.question import Bodies
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from aisse.formats.format import Format
     from aisse.settings import Settings
     from aisse.streams.reader import Reader
     from aisse.streams.shared import Shared
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 Key = tuple[bytes, str]
 """Whose Idempotency-Key (a digest of the access token, empty without) and the key itself."""
 
-OpenShared = Callable[["Settings", ReplayMemory], "Shared"]
+OpenShared = Callable[["Settings", ReplayMemory, "Format"], "Shared"]
 
 SWEEP_S = 1.0
 
@@ -70,7 +71,7 @@ class Registry:
         self._memory = ReplayMemory(settings.replay_bytes)
         self.bodies = Bodies(settings.bodies_bytes)
         """The memory of questions whose answers have not begun."""
-        self._shared = open_shared(settings, self._memory) if open_shared is not None else None
+        self._shared = open_shared(settings, self._memory, upstream.format) if open_shared is not None else None
         # One a key, for as long as somebody waits.
         self._claiming: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
         self._closing = asyncio.Lock()
@@ -515,7 +516,7 @@ class Registry:
         return len(stalled), max(stalled, default=0.0)
 
     def tokens_per_second(self) -> float:
-        """Content events relayed a second, over the last ten seconds; an Anthropic delta carries about one token."""
+        """Content events relayed a second, over the last ten seconds: most of them carry about one token."""
         return self._rate.per_s
 
     def troubles(self) -> list[str]:

@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aisse.errors import LimitError, StreamError, UpstreamError
-from aisse.formats.anthropic import END, ERROR, PING, RESERVED, AnthropicFormat, Mark, is_json
+from aisse.formats.format import END, ERROR, PING, RESERVED, Mark
 from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
 from aisse.streams.stream import Reason, Stream, failure
 
@@ -34,7 +34,7 @@ class Relay:
         "_bytes",
         "_created",
         "_events",
-        "_format",
+        "_follower",
         "_id_line",
         "_last_byte",
         "_last_content",
@@ -58,7 +58,7 @@ class Relay:
         self._upstream = upstream
         self._question: Question | None = question
         self._settings = settings
-        self._format = AnthropicFormat(stream.usage)
+        self._follower = upstream.format.follow(stream.usage)
         self._parser = Parser(settings.max_event_bytes)
         self._id_line = b"\nid: " + stream.id.encode() + b"."
         self._created = self._loop.time()
@@ -183,8 +183,10 @@ class Relay:
         assert body is not None
         try:
             if stream.reason is None and self._bug is None and body.whole:
-                # Half of an event may look like a whole one where a server crashed; half of its JSON does not.
-                self._publish([event for event in self._parser.finish() if is_json(data_of(event[1]))])
+                # Half of an event may look like a whole one where a server crashed.
+                self._publish([event for event in self._parser.finish() if self._follower.is_whole(data_of(event[1]))])
+                if self._follower.is_complete():
+                    stream.finish(Reason.COMPLETE)
         except Exception as error:
             self._bug = error
         if self._bug is None and stream.reason is None:
@@ -201,7 +203,7 @@ class Relay:
     def _publish(self, events: list[RawEvent]) -> None:
         stream = self._stream
         seq = stream.log.last_seq
-        observe = self._format.observe
+        observe = self._follower.observe
         id_line = self._id_line
         frames: list[bytes] = []
         content = 0

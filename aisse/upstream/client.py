@@ -15,7 +15,7 @@ from yarl import URL
 
 import aisse
 from aisse.errors import ConfigError, UpstreamError
-from aisse.formats.anthropic import error_of
+from aisse.formats.errors import Said
 from aisse.upstream.body import Body
 from aisse.upstream.failures import refusal, request_id, said_error, said_in_success, unreachable
 from aisse.upstream.question import Pieces, Question
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
+    from aisse.formats.format import Format
     from aisse.settings import Settings
-
-ANTHROPIC_VERSION = "2023-06-01"
 
 # Whose key goes where: the variable, and the one domain it belongs to.
 PROVIDER_KEYS = (("EZAI_API_KEY", "ezaiapi.com", True), ("ANTHROPIC_API_KEY", "api.anthropic.com", False))
@@ -225,11 +224,18 @@ class UpstreamResponse(aiohttp.ClientResponse):
 
 
 class Upstream:
-    """Requests to one base URL. `name` is what operators are shown: the URL, or the built-in upstream's name."""
+    """Requests to one base URL, which speaks `wire_format`.
 
-    def __init__(self, base_url: str, settings: Settings, *, key: str | None = None, name: str | None = None) -> None:
+    `name` is what operators are shown: the URL, or the built-in upstream's name.
+    """
+
+    def __init__(
+        self, base_url: str, settings: Settings, wire_format: Format, *, key: str | None = None, name: str | None = None
+    ) -> None:
         self.name = name or base_url
-        self._url = _endpoint(base_url)
+        self.format = wire_format
+        url = URL(base_url)
+        self._url = url.with_path(wire_format.endpoint(url.raw_path), encoded=True)
         self._settings = settings
         self._key = key
         self._session: aiohttp.ClientSession | None = None
@@ -253,10 +259,8 @@ class Upstream:
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
             "User-Agent": f"aisse/{aisse.__version__}",
-            "anthropic-version": ANTHROPIC_VERSION,
+            **self.format.headers(self._key),
         }
-        if self._key is not None:
-            headers["x-api-key"] = self._key
         return aiohttp.ClientSession(
             connector=_Connector(limit=0, socket_factory=self._socket, **options),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -327,7 +331,7 @@ class Upstream:
 
     def failure(self, payload: bytes) -> UpstreamError:
         """The error that an upstream's `error` event stands for, with the status a real one would have had."""
-        return said_error(error_of(payload), self._key)
+        return said_error(self.format.read_error(payload), self._key)
 
     async def _refusal(self, response: UpstreamResponse) -> UpstreamError | None:
         """Why a response is no stream to relay; None if it is one."""
@@ -336,9 +340,11 @@ class Upstream:
         if response.status != 200 or response.content_type != "text/event-stream":
             payload = await _error_body(response)
             if response.status != 200:
-                error = refusal(response.status, response.headers, payload, self._key)
+                error = refusal(response.status, response.headers, self.format.read_error(payload), self._key)
             else:
-                error = said_in_success(response.headers, payload, self._key)
+                # An answer in plain text is no error only because it is one.
+                said = self.format.read_error(payload) if payload.lstrip()[:1] in {b"{", b"["} else Said()
+                error = said_in_success(response.headers, said, self._key)
             if coding != "identity" and not payload:
                 error.cause = f"compresses what it says ({known}) though asked not to, so that it cannot be read"
             return error
@@ -357,13 +363,6 @@ class Upstream:
         # Small, so that an upstream feels a slow reader after kilobytes instead of megabytes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._settings.receive_buffer_bytes)
         return sock
-
-
-def _endpoint(base_url: str) -> URL:
-    """Where questions go: people paste the URL that their other tools want, which ends in `/v1`, or in all of it."""
-    url = URL(base_url)
-    path = re.sub(r"/v1(?:/messages)?$", "", url.raw_path.rstrip("/"))
-    return url.with_path(f"{path}/v1/messages", encoded=True)
 
 
 def _coding(response: aiohttp.ClientResponse) -> str:

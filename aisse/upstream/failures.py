@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from aisse.errors import MESSAGE_CHARS, UpstreamError
-from aisse.formats.anthropic import Said, error_of
+from aisse.formats.errors import STATUS_OF_KIND
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from aisse.formats.errors import Said
 
 # What keys look like, whoever's they are, and names of accounts: an upstream's message may quote one.
 _KEY_LIKE = re.compile(
@@ -37,69 +39,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,63}")
 _KEY_REFUSED = "the upstream did not accept this server's key"
 _ACCOUNT_REFUSED = "the upstream does not serve this server's account at the moment"
 _REQUEST_REFUSED = "the upstream does not take what this server sends"
-
-# The kinds of error that the Messages API knows, and the status that each has there:
-# https://docs.anthropic.com/en/api/errors.
-_STATUS_OF_KIND = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
-
-# The types and codes that other servers say, without case, punctuation and a last "error": OpenAI and its many likes
-# (https://platform.openai.com/docs/guides/error-codes), vLLM and LiteLLM (names of Python's exceptions), Google.
-_KINDS = {re.sub("[^a-z]", "", kind).removesuffix("error"): kind for kind in _STATUS_OF_KIND} | {
-    "badrequest": "invalid_request_error",
-    "contextlengthexceeded": "invalid_request_error",
-    "contextwindowexceeded": "invalid_request_error",
-    "contentpolicyviolation": "invalid_request_error",
-    "contentfilter": "invalid_request_error",
-    "invalidargument": "invalid_request_error",
-    "invalidprompt": "invalid_request_error",
-    "invalidvalue": "invalid_request_error",
-    "missingrequiredparameter": "invalid_request_error",
-    "stringabovemaxlength": "invalid_request_error",
-    "unprocessableentity": "invalid_request_error",
-    "unsupportedparameter": "invalid_request_error",
-    "unsupportedvalue": "invalid_request_error",
-    "validation": "invalid_request_error",
-    "modelnotfound": "not_found_error",
-    "invalidapikey": "authentication_error",
-    "unauthenticated": "authentication_error",
-    "unauthorized": "authentication_error",
-    "forbidden": "permission_error",
-    "permissiondenied": "permission_error",
-    "accountdeactivated": "billing_error",
-    "billinghardlimitreached": "billing_error",
-    "billingnotactive": "billing_error",
-    "insufficientbalance": "billing_error",
-    "insufficientcredits": "billing_error",
-    "insufficientquota": "billing_error",
-    "paymentrequired": "billing_error",
-    "payloadtoolarge": "request_too_large",
-    "requests": "rate_limit_error",
-    "ratelimitexceeded": "rate_limit_error",
-    "resourceexhausted": "rate_limit_error",
-    "throttling": "rate_limit_error",
-    "tokens": "rate_limit_error",
-    "toomanyrequests": "rate_limit_error",
-    "internal": "api_error",
-    "internalserver": "api_error",
-    "server": "api_error",
-    "engineoverloaded": "overloaded_error",
-    "serveroverloaded": "overloaded_error",
-    "serviceunavailable": "overloaded_error",
-    "unavailable": "overloaded_error",
-    "deadlineexceeded": "timeout_error",
-    "requesttimeout": "timeout_error",
-}
 
 # Providers say it of an account under a client's status and type, too; these are their own sentences.
 _ABOUT_CREDIT = re.compile(
@@ -125,9 +64,8 @@ _OUR_STATUS = {408: 504, 503: 503, 504: 504, 522: 504, 524: 504, 529: 503}
 _CLIENTS_TO_MEND = frozenset({"invalid_request_error", "not_found_error", "request_too_large"})
 
 
-def refusal(status: int, headers: Mapping[str, str], payload: bytes, key: str | None) -> UpstreamError:
-    """The error that an upstream's answer is, by its status and what its body says, as far as that was read."""
-    said = error_of(payload)
+def refusal(status: int, headers: Mapping[str, str], said: Said, key: str | None) -> UpstreamError:
+    """The error that an upstream's answer is, by its status and by what its body says, as far as that was read."""
     error = _error(status, said, key)
     if error.status in {429, 503}:
         error.retry_after = retry_after(headers)
@@ -136,11 +74,9 @@ def refusal(status: int, headers: Mapping[str, str], payload: bytes, key: str | 
     return error
 
 
-def said_in_success(headers: Mapping[str, str], payload: bytes, key: str | None) -> UpstreamError:
+def said_in_success(headers: Mapping[str, str], said: Said, key: str | None) -> UpstreamError:
     """The error that an answer with status 200 is which is no event stream: what its body says, with its status."""
-    # An answer in plain text is no error only for being one.
-    said = error_of(payload) if payload.lstrip()[:1] in {b"{", b"["} else Said()
-    if not said.message and _kind(said) is None and said.status is None:
+    if not said.message and said.kind is None and said.status is None:
         return UpstreamError(
             "api_error",
             "the upstream answered with something else than a stream",
@@ -156,7 +92,7 @@ def said_in_success(headers: Mapping[str, str], payload: bytes, key: str | None)
 
 def said_error(said: Said, key: str | None) -> UpstreamError:
     """The error that was said without a status of its own: in an `error` event, or under status 200."""
-    status = said.status or _STATUS_OF_KIND.get(_kind(said) or "", 500)
+    status = said.status or STATUS_OF_KIND.get(said.kind or "", 500)
     error = _error(status, said, key)
     error.upstream_status = None
     if error.cause == f"failed with {status}":
@@ -165,7 +101,7 @@ def said_error(said: Said, key: str | None) -> UpstreamError:
 
 
 def _error(status: int, said: Said, key: str | None) -> UpstreamError:
-    kind = _kind(said)
+    kind = said.kind
     if (account := _account(status, kind, said.message)) is not None:
         message, cause = account
         return UpstreamError("api_error", message, upstream_status=status, cause=cause)
@@ -174,7 +110,7 @@ def _error(status: int, said: Said, key: str | None) -> UpstreamError:
         return UpstreamError("api_error", message, upstream_status=status, cause="redirects; set its final address")
     ours = _OUR_STATUS.get(status, 502 if status in _OURS_TO_MEND or not 400 <= status < 500 else status)
     if status >= 500 and ours == 502 and kind in _CLIENTS_TO_MEND:
-        ours = _STATUS_OF_KIND[kind]
+        ours = STATUS_OF_KIND[kind]
     if kind is None or ours == 504 or status in _OURS_TO_MEND:
         # None of an upstream's own words: it goes into the log.
         kind = _kind_of_status(status, ours)
@@ -183,21 +119,13 @@ def _error(status: int, said: Said, key: str | None) -> UpstreamError:
     return UpstreamError(kind, text, ours, upstream_status=status, cause=_cause_of_status(status, ours))
 
 
-def _kind(said: Said) -> str | None:
-    """One of the kinds that we know, by the first of an error's codes and types that says one."""
-    for word in said.kinds:
-        if (kind := _KINDS.get(re.sub("[^a-z]", "", word.lower()).removesuffix("error"))) is not None:
-            return kind
-    return None
-
-
 def _account(status: int, kind: str | None, message: str) -> tuple[str, str] | None:
     """For strangers and for the operator, where the error is about this server's account or key."""
     doubtful = status in {400, 403, 422, 429}
     if status == 402 or kind == "billing_error" or (doubtful and _ABOUT_CREDIT.search(message)):
         return _ACCOUNT_REFUSED, "account without credit, or past its limit"
     if status in {401, 403} or kind in {"authentication_error", "permission_error"}:
-        return _KEY_REFUSED, "key not permitted" if 403 in {status, _STATUS_OF_KIND.get(kind or "")} else "key refused"
+        return _KEY_REFUSED, "key not permitted" if 403 in {status, STATUS_OF_KIND.get(kind or "")} else "key refused"
     if doubtful and _ABOUT_KEY.search(message):
         return _KEY_REFUSED, "key refused"
     return None

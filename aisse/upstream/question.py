@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from aiohttp import payload
@@ -69,19 +69,14 @@ class Hold:
 class Question:
     """What the upstream is asked for a client: its body in pieces, which are sent one after the other.
 
-    `betas` are the values of `anthropic-beta`, joined by commas. `digest` tells a request from another one that comes
-    with the same Idempotency-Key; empty where none came.
+    `headers` are sent beside those that every question has. `digest` tells this request from another one that comes
+    with the same Idempotency-Key; it is empty where none came.
     """
 
     pieces: Sequence[bytes | memoryview]
-    betas: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
     digest: bytes = b""
     hold: Hold | None = None
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """What the upstream is told beside what it is told with every request."""
-        return {"anthropic-beta": self.betas} if self.betas else {}
 
 
 class Pieces(payload.Payload):

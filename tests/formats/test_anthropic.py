@@ -1,7 +1,8 @@
-"""What the relay learns from an event: marks, usage, errors."""
+"""The Messages API: marks, usage, what is whole, what is merged, and what of a request's headers goes on."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import tracemalloc
@@ -10,12 +11,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from multidict import CIMultiDict
+from rawclient import Frame, joined, mergeable, parse
 
-from aisse.formats.anthropic import AnthropicFormat, Mark, Said, compact, error_of, is_json
-from aisse.sse import Parser
+from aisse.errors import RequestError
+from aisse.formats.anthropic import Anthropic
+from aisse.formats.format import Mark
+from aisse.settings import Settings
+from aisse.sse import Parser, frame
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
-PROPERTY = settings(max_examples=5_000 if SOAK else 300)
+FORMAT = Anthropic(Settings())
+compact = FORMAT.compact
+ALIEN = "A" * 22
 
 
 def none_used() -> dict[str, int]:
@@ -24,8 +32,8 @@ def none_used() -> dict[str, int]:
 
 def observe(stream: bytes, usage: dict[str, int] | None = None) -> list[Mark]:
     """The marks of a stream's events, which come as the parser gives them."""
-    observed = AnthropicFormat(none_used() if usage is None else usage)
-    return [observed.observe(event_type, body) for event_type, body in Parser(1 << 20).feed(stream)]
+    follower = FORMAT.follow(none_used() if usage is None else usage)
+    return [follower.observe(event_type, body) for event_type, body in Parser(1 << 20).feed(stream)]
 
 
 def event(event_type: str, data: Any) -> bytes:
@@ -117,8 +125,21 @@ def test_nesting_of_any_depth_is_survived(nest: str, depth: int) -> None:
     for event_type in (b"message_start", b"message_delta"):
         assert observe(b"event: %b\ndata: %b\n\n" % (event_type, data), usage) == [Mark.CONTENT]
     assert observe(b"data: %b\n\n" % data, usage)[0] in {Mark.CONTENT, Mark.END}
-    assert error_of(b'{"error":%b}' % data).message == ""
     assert usage == none_used()
+
+
+@pytest.mark.parametrize("data", [b'{"error":{"message":"m"}}', b'{"error":"m"}'])
+def test_event_without_a_type_that_has_an_error_is_one(data: bytes) -> None:
+    assert observe(b"data: " + data + b"\n\n") == [Mark.ERROR]
+
+
+def test_event_whose_error_is_none_is_content() -> None:
+    assert observe(b'data: {"error":null,"text":"x"}\n\n') == [Mark.CONTENT]
+
+
+@pytest.mark.parametrize(("data", "whole"), [(b"{}", True), (b'{"a":1', False), (b"", False), (b"[" * 9999, False)])
+def test_event_at_the_end_of_a_body_is_told_from_half_of_one(data: bytes, whole: bool) -> None:
+    assert FORMAT.follow(none_used()).is_whole(data) is whole
 
 
 # --- usage --------------------------------------------------------------------------------------------------------
@@ -164,8 +185,7 @@ def test_usage_is_taken_without_event_line_too() -> None:
 
 def test_usage_goes_into_the_mapping_that_was_given() -> None:
     usage = none_used()
-    observed = AnthropicFormat(usage)
-    observed.observe(b"message_delta", b'event: message_delta\ndata: {"usage":{"output_tokens":3}}')
+    FORMAT.follow(usage).observe(b"message_delta", b'event: message_delta\ndata: {"usage":{"output_tokens":3}}')
     assert usage == {"input_tokens": 0, "output_tokens": 3}
 
 
@@ -203,150 +223,6 @@ def test_usage_of_a_wrong_type_changes_nothing(usage: Any) -> None:
 def test_usage_of_an_unreadable_event_changes_nothing(event_type: str, data: str) -> None:
     before = start({"input_tokens": 25, "output_tokens": 1})
     assert used(before + f"event: {event_type}\ndata: {data}\n\n".encode()) == (25, 1)
-
-
-# --- errors -------------------------------------------------------------------------------------------------------
-
-
-def test_error_has_type_and_message() -> None:
-    payload = b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"},"request_id":"req_1"}'
-    assert error_of(payload) == Said("Overloaded", ("overloaded_error", "error"))
-
-
-@pytest.mark.parametrize(
-    ("payload", "message", "kinds", "status"),
-    [
-        # Ollama, and what many write by hand
-        ({"error": "model is required"}, "model is required", (), None),
-        ({"error": "x", "message": "y"}, "y", ("x",), None),
-        # OpenAI
-        (
-            {"error": {"message": "m", "type": "tokens", "param": None, "code": "rate_limit_exceeded"}},
-            "m",
-            ("rate_limit_exceeded", "tokens"),
-            None,
-        ),
-        # vLLM
-        ({"object": "error", "message": "m", "type": "BadRequestError", "code": 400}, "m", ("BadRequestError",), 400),
-        ({"error": {"message": "m", "type": "NotFoundError", "code": 404}}, "m", ("NotFoundError",), 404),
-        # FastAPI
-        ({"detail": "m"}, "m", (), None),
-        ({"detail": {"error": "m"}}, "m", (), None),
-        (
-            {"detail": [{"loc": ["body", "model"], "msg": "field required", "type": "missing"}]},
-            "model: field required",
-            ("missing",),
-            None,
-        ),
-        (
-            {"detail": [{"loc": ["body", "messages", 0], "msg": "a"}, {"msg": "b"}, {"msg": "c"}, {"msg": "d"}]},
-            "messages.0: a; b; c",
-            (),
-            None,
-        ),
-        # NestJS, Spring
-        ({"statusCode": 400, "message": ["a", "b"], "error": "Bad Request"}, "a; b", (), 400),
-        ({"status": 404, "error": "Not Found", "path": "/v1"}, "Not Found", (), 404),
-        # OAuth, RFC 9457, Google
-        ({"error": "invalid_grant", "error_description": "m"}, "m", ("invalid_grant",), None),
-        ({"type": "about:blank", "title": "t", "status": 403, "detail": "m"}, "m", ("about:blank",), 403),
-        ({"title": "t", "status": 503}, "t", (), 503),
-        (
-            [{"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED"}}],
-            "m",
-            ("RESOURCE_EXHAUSTED",),
-            429,
-        ),
-        # inside each other
-        (
-            {"type": "error", "error": {"type": "error", "error": {"type": "a", "message": "m"}}},
-            "m",
-            ("a", "error", "error"),
-            None,
-        ),
-        ({"error": {"message": '{"error": {"type": "a", "message": "m"}}'}}, "m", ("a",), None),
-        ({"error": {"message": {"error": "m"}, "code": 500}}, "m", (), 500),
-        ({"errors": [{"message": "a"}, {"message": "b"}]}, "a; b", (), None),
-        ({"errors": ["a"]}, "a", (), None),
-        ({"message": "m"}, "m", (), None),
-        ({"msg": "m"}, "m", (), None),
-        ("m", "m", (), None),
-        (["m"], "m", (), None),
-    ],
-)
-def test_error_of_any_shape_in_the_field_is_understood(
-    payload: object, message: str, kinds: tuple[str, ...], status: int | None
-) -> None:
-    assert error_of(json.dumps(payload).encode()) == Said(message, kinds, status)
-
-
-@pytest.mark.parametrize(
-    ("payload", "message"),
-    [
-        (b"upstream connect error\nreset reason: overflow", "upstream connect error"),
-        (b"  no healthy upstream\r\n", "no healthy upstream"),
-        (b"\xef\xbb\xbfa", "a"),
-        (b"x " * 101, ("x " * 100).strip()),
-        # cut where it was too long or too slow
-        (
-            b'{"detail":[{"type":"missing","loc":["body"],"msg":"Field \\"a\\" required","input":{"x":"',
-            'Field "a" required',
-        ),
-        (b'{"error":{"type":"a","message":"b"}', "b"),
-        (b'{"error":{"type":"a","message":"b', ""),
-        (b'{"input":"message: x', ""),
-        # cut between words, for the last one may be a key
-        (b"x " * 95 + b"y" * 30, ("x " * 95).strip()),
-        (b"y" * 201, ""),
-        (b"y" * 200, "y" * 200),
-        # no words at all
-        (b"", ""),
-        (b"{}", ""),
-        (b"[]", ""),
-        (b"null", ""),
-        (b"7", ""),
-        (b'{"error":null}', ""),
-        (b'{"error":{"type":"a"}}', ""),
-        (b'{"error":{"type":"a","message":null}}', ""),
-        (b'{"error":{"type":1,"message":7}}', ""),
-        (b"<html>502 Bad Gateway</html>", ""),
-        (b"\n <!DOCTYPE html>", ""),
-        (b"\x1f\x8b\x08\x00", ""),
-        (b"\xff\xfe text", ""),
-        (b"a\x00b", ""),
-    ],
-)
-def test_error_that_is_no_json_is_its_first_line_or_nothing(payload: bytes, message: str) -> None:
-    assert error_of(payload).message == message
-
-
-def test_error_nested_without_end_says_nothing() -> None:
-    value: dict[str, object] = {"message": "m"}
-    for _ in range(50):
-        value = {"error": value}
-    assert error_of(json.dumps(value).encode()) == Said()
-
-
-def test_error_that_quotes_the_question_does_not_show_it() -> None:
-    """FastAPI's validation errors have the whole input beside the words."""
-    detail = [{"type": "missing", "loc": ["body"], "msg": "Field required", "input": {"messages": "private"}}]
-    whole = json.dumps({"detail": detail}).encode()
-    for size in range(len(whole) + 1):
-        assert "private" not in error_of(whole[:size]).message
-
-
-@pytest.mark.parametrize("data", [b'{"error":{"message":"m"}}', b'{"error":"m"}'])
-def test_event_without_a_type_that_has_an_error_is_one(data: bytes) -> None:
-    assert observe(b"data: " + data + b"\n\n") == [Mark.ERROR]
-
-
-def test_event_whose_error_is_none_is_content() -> None:
-    assert observe(b'data: {"error":null,"text":"x"}\n\n') == [Mark.CONTENT]
-
-
-@pytest.mark.parametrize(("data", "whole"), [(b"{}", True), (b'{"a":1', False), (b"", False), (b"[" * 9999, False)])
-def test_json_is_told_from_half_of_it(data: bytes, whole: bool) -> None:
-    assert is_json(data) is whole
 
 
 # --- compact ------------------------------------------------------------------------------------------------------
@@ -387,35 +263,175 @@ def test_text_of_escapes_takes_no_memory_beside_its_copies(escape: bytes) -> Non
     assert peak < 4 * len(frames)
 
 
-# --- anything -----------------------------------------------------------------------------------------------------
+def sse(seq: int, data: str, kind: str = "content_block_delta") -> bytes:
+    return frame(kind, data, f"{ALIEN}.{seq}")
 
 
-names = st.sampled_from(["type", "usage", "message", "error", "input_tokens", "output_tokens"])
-known_types = st.sampled_from([event_type for event_type, _ in MARKS])
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["\ud800"])
-    | known_types,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
-    max_leaves=12,
+def text(value: str, index: int = 0) -> str:
+    """A text delta whose text is `value` as JSON spells it."""
+    return f'{{"type":"content_block_delta","index":{index},"delta":{{"type":"text_delta","text":"{value}"}}}}'
+
+
+def thinking(value: str, index: int = 0) -> str:
+    return f'{{"type":"content_block_delta","index":{index},"delta":{{"type":"thinking_delta","thinking":"{value}"}}}}'
+
+
+def compacted(*data: str) -> list[tuple[str, int]]:
+    frames = parse(compact(b"".join(sse(seq, item) for seq, item in enumerate(data, 1)))).frames
+    return [(item.data, item.seq) for item in frames]
+
+
+def test_run_becomes_one_event_with_the_last_id() -> None:
+    assert compacted(text("a"), text("b"), text("c")) == [(text("abc"), 3)]
+    assert compacted(thinking("a"), thinking("b")) == [(thinking("ab"), 2)]
+
+
+def test_blocks_and_kinds_break_runs() -> None:
+    assert compacted(text("a"), text("b", 1), text("c", 1)) == [(text("a"), 1), (text("bc", 1), 3)]
+    assert compacted(thinking("a"), text("b"), text("c")) == [(thinking("a"), 1), (text("bc"), 3)]
+    assert compacted(text("a", 1), text("b", 11)) == [(text("a", 1), 1), (text("b", 11), 2)]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        '{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"x"}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"input_json_delta","partial_json":"{"}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"citations_delta","citation":{}}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x","more":1}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x"},"more":1}',
+        '{"type":"content_block_delta","index":0,"delta":{"text":"x","type":"text_delta"}}',
+        '{"type":"content_block_delta","index":-1,"delta":{"type":"text_delta","text":"x"}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x"}} ',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":null}}',
+        "not json",
+        "",
+    ],
 )
-payloads = values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40)
+def test_other_events_stay_as_they_are_and_break_runs(between: str) -> None:
+    assert compacted(text("a"), text("b"), between, text("c"), text("d")) == [
+        (text("ab"), 2),
+        (between, 3),
+        (text("cd"), 5),
+    ]
 
 
-@PROPERTY
-@given(event_type=known_types, payload=payloads, named=st.booleans())
-def test_nothing_that_an_upstream_sends_raises_or_spoils_usage(event_type: str, payload: bytes, named: bool) -> None:
-    usage = none_used()
-    lines = b"event: " + event_type.encode() + b"\n" if named else b""
-    for mark in observe(lines + b"data: " + payload + b"\n\n", usage):
-        assert isinstance(mark, Mark)
-    assert usage.keys() == none_used().keys()
-    assert all(type(count) is int and 0 <= count <= 2**53 for count in usage.values())
-    said = error_of(payload)
-    assert isinstance(said.message, str)
-    assert all(isinstance(kind, str) for kind in said.kinds)
-    assert said.status is None or 400 <= said.status < 600
+def test_events_of_other_types_break_runs() -> None:
+    ping = sse(3, '{"type": "ping"}', "ping")
+    same = sse(3, text("x"), "something_else")
+    for other in (ping, same):
+        frames = sse(1, text("a")) + sse(2, text("b")) + other + sse(4, text("c"))
+        assert compact(frames) == sse(2, text("ab")) + other + sse(4, text("c"))
+
+
+@pytest.mark.parametrize("spaced", [0, 1])
+def test_event_of_several_data_lines_or_of_none_named_stays(spaced: int) -> None:
+    odd = [
+        b'event: content_block_delta\ndata: {"type":"content_block_delta",\ndata: "index":0}\nid: %b.3\n\n',
+        b"data: " + text("x").encode() + b"\nid: %b.3\n\n",
+    ][spaced] % ALIEN.encode()
+    frames = sse(1, text("a")) + sse(2, text("b")) + odd + sse(4, text("c"))
+    assert compact(frames) == sse(2, text("ab")) + odd + sse(4, text("c"))
+
+
+def test_escapes_and_surrogates_survive_the_seam() -> None:
+    assert compacted(text(r"\ud83e"), text(r"\udde0")) == [(text(r"\ud83e\udde0"), 2)]
+    assert compacted(text(r"\\"), text("u0041")) == [(text(r"\\u0041"), 2)]
+    assert compacted(text(r"a\""), text(r"\"b")) == [(text(r"a\"\"b"), 2)]
+    assert compacted(text("é\u2028"), text("\N{BRAIN}"), text(r"\n\u0000")) == [(text("é\u2028\N{BRAIN}\\n\\u0000"), 3)]
+    assert compacted(text(""), text("")) == [(text(""), 2)]
+    assert compacted(text('\\"}}'), text("x")) == [(text('\\"}}x'), 2)]
+
+
+def test_spaces_of_python_servers_are_understood() -> None:
+    data = [json.dumps(json.loads(text(letter))) for letter in "ab"]
+    assert compacted(*data) == [(json.dumps(json.loads(text("ab"))), 2)]
+
+
+def test_merged_event_stays_below_what_clients_bound() -> None:
+    frames = parse(compact(b"".join(sse(seq, text("x" * 1000)) for seq in range(1, 301)))).frames
+    assert 4 <= len(frames) <= 6
+    assert max(len(item.data) for item in frames) < 70_000
+    assert sum(len(json.loads(item.data)["delta"]["text"]) for item in frames) == 300_000
+    assert frames[-1].seq == 300
+
+
+def test_compacting_nothing_or_twice_changes_nothing() -> None:
+    assert compact(b"") == b""
+    once = compact(sse(1, text("a")) + sse(2, text("b")))
+    assert compact(once) == once
+
+
+# Characters, lone surrogates and what JSON escapes, spelt by either habit.
+pieces = st.text(st.characters(exclude_categories=()) | st.sampled_from('"\\\n\r\t/ud8{}'), max_size=6)
+
+
+@st.composite
+def events(draw: st.DrawFn) -> tuple[str, str]:
+    kind = draw(st.sampled_from(["text", "text", "text", "thinking", "thinking", "signature", "other", "stop"]))
+    if kind == "stop":
+        return "content_block_stop", '{"type":"content_block_stop","index":0}'
+    if kind == "other":
+        return "content_block_delta", draw(st.sampled_from(['{"type":"x"}', '{"index":0,"delta":{"text":"t"}}']))
+    piece = draw(pieces)
+    value = {
+        "type": "content_block_delta",
+        "index": draw(st.integers(0, 1)),
+        "delta": {"type": f"{kind}_delta", kind: piece},
+    }
+    ascii_only = draw(st.booleans()) or any("\ud800" <= char <= "\udfff" for char in piece)
+    separators = draw(st.sampled_from([(",", ":"), (", ", ": ")]))
+    return "content_block_delta", json.dumps(value, ensure_ascii=ascii_only, separators=separators)
+
+
+@settings(max_examples=2_000 if SOAK else 200, deadline=None, derandomize=not SOAK)
+@given(st.lists(events(), max_size=30))
+def test_compact_is_the_same_to_who_adds_it_up(sequence: list[tuple[str, str]]) -> None:
+    frames = b"".join(sse(seq, data, kind) for seq, (kind, data) in enumerate(sequence, 1))
+    before, after = parse(frames).frames, parse(compact(frames)).frames
+
+    def added_up(items: list[Frame]) -> dict[tuple[int, str], bytes]:
+        return joined([item for item in items if mergeable(item)])
+
+    assert added_up(after) == added_up(before)
+    # The order of blocks and of everything else is that of before, runs of one block taken together.
+    positions = [item.seq for item in after]
+    assert positions == sorted(set(positions))
+    assert set(positions) <= {item.seq for item in before}
+    assert [item for item in after if not mergeable(item)] == [item for item in before if not mergeable(item)]
+    # At every id that a client can be left with it has added up the same.
+    for count, item in enumerate(after, 1):
+        assert added_up(after[:count]) == added_up(before[: item.seq])
+
+
+# --- questions: test_document has what is checked of their bodies -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "model", "most_tokens"),
+    [({}, "m", 7), ({"model": "other", "max_tokens": 5}, "other", 5), ({"model": None, "max_tokens": None}, "m", 7)],
+)
+def test_question_says_its_model_and_what_its_answer_may_cost(
+    question: dict[str, Any], model: str, most_tokens: int
+) -> None:
+    asked = asyncio.run(
+        Anthropic(Settings(model="m", max_tokens=7)).ask(
+            json.dumps({"messages": [{"role": "user", "content": "x"}], **question}).encode()
+        )
+    )
+    assert (asked.model, asked.most_tokens, asked.most_tokens_field) == (model, most_tokens, "max_tokens")
+
+
+def test_betas_are_the_only_header_that_goes_on() -> None:
+    anthropic = Anthropic(Settings(allow_betas=("a", "b")))
+    assert anthropic.passed_on(CIMultiDict({"Authorization": "x", "x-api-key": "x", "Cookie": "x"})) == {}
+    fields = CIMultiDict([("Anthropic-Beta", "a"), ("anthropic-beta", " b,,a")])
+    assert anthropic.passed_on(fields) == {"anthropic-beta": "a,b"}
+    with pytest.raises(RequestError, match="c is not allowed here"):
+        anthropic.passed_on(CIMultiDict({"anthropic-beta": "a,c"}))
+
+
+def test_every_question_has_the_version_of_the_api_and_the_key_if_there_is_one() -> None:
+    assert FORMAT.headers(None) == {"anthropic-version": "2023-06-01"}
+    assert FORMAT.headers("k") == {"anthropic-version": "2023-06-01", "x-api-key": "k"}

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from yarl import URL
 
 from aisse.app import create_app
+from aisse.formats.anthropic import Anthropic
 from aisse.routes import pages
 from aisse.settings import Settings
 from aisse.upstream.client import Upstream
@@ -173,7 +174,7 @@ async def test_page_names_nothing_by_an_absolute_path(site: Client) -> None:
 @contextlib.asynccontextmanager
 async def serving_below(base_path: str, **settings: Any) -> AsyncIterator[Client]:
     effective = Settings.model_validate({"upstream": "http://127.0.0.1:9", "base_path": base_path, **settings})
-    app = create_app(effective, Upstream("http://127.0.0.1:9", effective))
+    app = create_app(effective, Upstream("http://127.0.0.1:9", effective, Anthropic(effective)))
     async with TestClient(TestServer(app)) as client:
         yield client
 

@@ -6,22 +6,17 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import Server, eventually, prompt, serving
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from raw import Answer, connected, request
-from rawclient import Frame, RawClient, Written, parse
+from rawclient import RawClient, Written, joined, mergeable, parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, delta, head, message_start
 from rawupstream import raw_upstream as raw_upstream_of
 
-from aisse.formats.anthropic import compact
-from aisse.sse import frame
 from aisse.streams.registry import KEPT_BYTES
 
 if TYPE_CHECKING:
@@ -1047,24 +1042,6 @@ async def test_stream_is_forgotten_after_its_retention(simulator: Simulator, swi
 # --- compact replay -------------------------------------------------------------------------------------------
 
 
-def joined(frames: list[Frame]) -> dict[tuple[int, str], bytes]:
-    """What a client accumulates: text by block and kind, in UTF-16, which is what JavaScript's strings are."""
-    texts: dict[tuple[int, str], bytes] = {}
-    for item in frames:
-        data = json.loads(item.data)
-        if item.event == "content_block_delta":
-            for name in ("text", "thinking"):
-                if name in data["delta"]:
-                    at = data["index"], data["delta"]["type"]
-                    piece = data["delta"][name].encode("utf-16-le", "surrogatepass")
-                    texts[at] = texts.get(at, b"") + piece
-    return texts
-
-
-def mergeable(item: Frame) -> bool:
-    return item.event == "content_block_delta" and bool(re.search(r"(text|thinking)_delta", item.data))
-
-
 async def test_compact_replay_is_the_same_answer_in_a_few_frames(server: Server) -> None:
     path, first = await finished(server, "[[tokens=3000 thinking_tokens=2000]]")
     answer = await ask(server, "GET", f"{path}?compact=1")
@@ -1111,145 +1088,3 @@ async def test_compact_reader_gets_single_events_once_it_is_up_to_date() -> None
             upstream.complete()
             await client.read_to_end()
             assert [item.seq for item in client.written.frames] == [1, 4, 5, 6, 7, 8]
-
-
-def sse(seq: int, data: str, kind: str = "content_block_delta") -> bytes:
-    return frame(kind, data, f"{ALIEN}.{seq}")
-
-
-def text(value: str, index: int = 0) -> str:
-    """A text delta whose text is `value` as JSON spells it."""
-    return f'{{"type":"content_block_delta","index":{index},"delta":{{"type":"text_delta","text":"{value}"}}}}'
-
-
-def thinking(value: str, index: int = 0) -> str:
-    return f'{{"type":"content_block_delta","index":{index},"delta":{{"type":"thinking_delta","thinking":"{value}"}}}}'
-
-
-def compacted(*data: str) -> list[tuple[str, int]]:
-    frames = parse(compact(b"".join(sse(seq, item) for seq, item in enumerate(data, 1)))).frames
-    return [(item.data, item.seq) for item in frames]
-
-
-def test_run_becomes_one_event_with_the_last_id() -> None:
-    assert compacted(text("a"), text("b"), text("c")) == [(text("abc"), 3)]
-    assert compacted(thinking("a"), thinking("b")) == [(thinking("ab"), 2)]
-
-
-def test_blocks_and_kinds_break_runs() -> None:
-    assert compacted(text("a"), text("b", 1), text("c", 1)) == [(text("a"), 1), (text("bc", 1), 3)]
-    assert compacted(thinking("a"), text("b"), text("c")) == [(thinking("a"), 1), (text("bc"), 3)]
-    assert compacted(text("a", 1), text("b", 11)) == [(text("a", 1), 1), (text("b", 11), 2)]
-
-
-@pytest.mark.parametrize(
-    "between",
-    [
-        '{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"x"}}',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"input_json_delta","partial_json":"{"}}',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"citations_delta","citation":{}}}',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x","more":1}}',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x"},"more":1}',
-        '{"type":"content_block_delta","index":0,"delta":{"text":"x","type":"text_delta"}}',
-        '{"type":"content_block_delta","index":-1,"delta":{"type":"text_delta","text":"x"}}',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x"}} ',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x',
-        '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":null}}',
-        "not json",
-        "",
-    ],
-)
-def test_other_events_stay_as_they_are_and_break_runs(between: str) -> None:
-    assert compacted(text("a"), text("b"), between, text("c"), text("d")) == [
-        (text("ab"), 2),
-        (between, 3),
-        (text("cd"), 5),
-    ]
-
-
-def test_events_of_other_types_break_runs() -> None:
-    ping = sse(3, '{"type": "ping"}', "ping")
-    same = sse(3, text("x"), "something_else")
-    for other in (ping, same):
-        frames = sse(1, text("a")) + sse(2, text("b")) + other + sse(4, text("c"))
-        assert compact(frames) == sse(2, text("ab")) + other + sse(4, text("c"))
-
-
-@pytest.mark.parametrize("spaced", [0, 1])
-def test_event_of_several_data_lines_or_of_none_named_stays(spaced: int) -> None:
-    odd = [
-        b'event: content_block_delta\ndata: {"type":"content_block_delta",\ndata: "index":0}\nid: %b.3\n\n',
-        b"data: " + text("x").encode() + b"\nid: %b.3\n\n",
-    ][spaced] % ALIEN.encode()
-    frames = sse(1, text("a")) + sse(2, text("b")) + odd + sse(4, text("c"))
-    assert compact(frames) == sse(2, text("ab")) + odd + sse(4, text("c"))
-
-
-def test_escapes_and_surrogates_survive_the_seam() -> None:
-    assert compacted(text(r"\ud83e"), text(r"\udde0")) == [(text(r"\ud83e\udde0"), 2)]
-    assert compacted(text(r"\\"), text("u0041")) == [(text(r"\\u0041"), 2)]
-    assert compacted(text(r"a\""), text(r"\"b")) == [(text(r"a\"\"b"), 2)]
-    assert compacted(text("é\u2028"), text("\N{BRAIN}"), text(r"\n\u0000")) == [(text("é\u2028\N{BRAIN}\\n\\u0000"), 3)]
-    assert compacted(text(""), text("")) == [(text(""), 2)]
-    assert compacted(text('\\"}}'), text("x")) == [(text('\\"}}x'), 2)]
-
-
-def test_spaces_of_python_servers_are_understood() -> None:
-    data = [json.dumps(json.loads(text(letter))) for letter in "ab"]
-    assert compacted(*data) == [(json.dumps(json.loads(text("ab"))), 2)]
-
-
-def test_merged_event_stays_below_what_clients_bound() -> None:
-    frames = parse(compact(b"".join(sse(seq, text("x" * 1000)) for seq in range(1, 301)))).frames
-    assert 4 <= len(frames) <= 6
-    assert max(len(item.data) for item in frames) < 70_000
-    assert sum(len(json.loads(item.data)["delta"]["text"]) for item in frames) == 300_000
-    assert frames[-1].seq == 300
-
-
-def test_compacting_nothing_or_twice_changes_nothing() -> None:
-    assert compact(b"") == b""
-    once = compact(sse(1, text("a")) + sse(2, text("b")))
-    assert compact(once) == once
-
-
-# Characters, lone surrogates and what JSON escapes, spelt by either habit.
-pieces = st.text(st.characters(exclude_categories=()) | st.sampled_from('"\\\n\r\t/ud8{}'), max_size=6)
-
-
-@st.composite
-def events(draw: st.DrawFn) -> tuple[str, str]:
-    kind = draw(st.sampled_from(["text", "text", "text", "thinking", "thinking", "signature", "other", "stop"]))
-    if kind == "stop":
-        return "content_block_stop", '{"type":"content_block_stop","index":0}'
-    if kind == "other":
-        return "content_block_delta", draw(st.sampled_from(['{"type":"x"}', '{"index":0,"delta":{"text":"t"}}']))
-    piece = draw(pieces)
-    value = {
-        "type": "content_block_delta",
-        "index": draw(st.integers(0, 1)),
-        "delta": {"type": f"{kind}_delta", kind: piece},
-    }
-    ascii_only = draw(st.booleans()) or any("\ud800" <= char <= "\udfff" for char in piece)
-    separators = draw(st.sampled_from([(",", ":"), (", ", ": ")]))
-    return "content_block_delta", json.dumps(value, ensure_ascii=ascii_only, separators=separators)
-
-
-@settings(max_examples=2_000 if SOAK else 200, deadline=None, derandomize=not SOAK)
-@given(st.lists(events(), max_size=30))
-def test_compact_is_the_same_to_who_adds_it_up(sequence: list[tuple[str, str]]) -> None:
-    frames = b"".join(sse(seq, data, kind) for seq, (kind, data) in enumerate(sequence, 1))
-    before, after = parse(frames).frames, parse(compact(frames)).frames
-
-    def added_up(items: list[Frame]) -> dict[tuple[int, str], bytes]:
-        return joined([item for item in items if mergeable(item)])
-
-    assert added_up(after) == added_up(before)
-    # The order of blocks and of everything else is that of before, runs of one block taken together.
-    positions = [item.seq for item in after]
-    assert positions == sorted(set(positions))
-    assert set(positions) <= {item.seq for item in before}
-    assert [item for item in after if not mergeable(item)] == [item for item in before if not mergeable(item)]
-    # At every id that a client can be left with it has added up the same.
-    for count, item in enumerate(after, 1):
-        assert added_up(after[:count]) == added_up(before[: item.seq])

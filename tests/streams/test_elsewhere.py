@@ -17,6 +17,7 @@ from conftest import Server, eventually, prompt, serving
 from redis import exceptions
 
 from aisse.errors import KeyReusedError, LogUnavailableError, RequestError
+from aisse.formats.anthropic import Anthropic
 from aisse.replay import scripts
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.scripts import claim_key, entries_key
@@ -158,7 +159,7 @@ def made(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Bed:
     effective = Settings.model_validate(
         {"upstream": NOWHERE, "log": "redis://nowhere", "lease_s": LEASE_S, "log_tick_s": 0.001, **settings}
     )
-    upstream = SilentUpstream(NOWHERE, effective)
+    upstream = SilentUpstream(NOWHERE, effective, Anthropic(effective))
     b = Bed(redis, waits, upstream, Registry(effective, upstream, Shared), effective)
     redis.answers = {
         "CREATE": lambda keys, _args: [1] * (len(keys) // 4),
@@ -303,7 +304,8 @@ async def test_streams_of_others_need_room_like_our_own(monkeypatch: pytest.Monk
 
 
 async def test_usage_of_a_stream_that_runs_elsewhere_is_what_its_frames_say() -> None:
-    stream = FollowedStream(ID, MemoryLog(ID, ReplayMemory(1 << 30)), now=0.0, created_at=0.0, on_end=lambda _: None)
+    log, anthropic = MemoryLog(ID, ReplayMemory(1 << 30)), Anthropic(Settings())
+    stream = FollowedStream(ID, log, anthropic, now=0.0, created_at=0.0, on_end=lambda _: None)
     data = '{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}'
     stream.publish(frame("message_start", data, f"{ID}.1"), 1)
     stream.publish(frame("message_delta", '{"type":"message_delta","usage":{"output_tokens":80}}', f"{ID}.2"), 2)

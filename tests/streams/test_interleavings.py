@@ -36,6 +36,7 @@ from rawclient import ChunkedDecoder, Frame, parse
 
 from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
 from aisse.errors import UpstreamError
+from aisse.formats.anthropic import Anthropic
 from aisse.replay.mirror import interval_s
 from aisse.service.connection import connections
 from aisse.settings import Settings
@@ -344,6 +345,7 @@ class FakeUpstream:
 
     def __init__(self, world: Fleet) -> None:
         self._world = world
+        self.format = Anthropic(world.settings)
         self.instance: Instance
 
     async def start(self) -> None:

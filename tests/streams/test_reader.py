@@ -23,6 +23,7 @@ from rawclient import ChunkedDecoder, Frame, RawClient, Written, parse
 from structlog.testing import capture_logs
 
 from aisse.app import runner_arguments
+from aisse.formats.anthropic import Anthropic
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.settings import Settings
 from aisse.sse import HEARTBEAT, frame, opening, reconnect
@@ -109,7 +110,7 @@ class OneStream:
 @contextlib.asynccontextmanager
 async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
     effective = Settings.model_validate({"upstream": NOWHERE, **settings})
-    registry = Registry(effective, Upstream(NOWHERE, effective))
+    registry = Registry(effective, Upstream(NOWHERE, effective, Anthropic(effective)))
     stream = Stream(
         STREAM_ID,
         MemoryLog(STREAM_ID, ReplayMemory(effective.replay_bytes)),
@@ -128,7 +129,8 @@ async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
         if "full" in request.query:
             await fill_kernel(request)
         after = int(request.query.get("after", 0))
-        reader = Reader(stream, effective, after, compacted="compact" in request.query)
+        compact = Anthropic(effective).compact if "compact" in request.query else None
+        reader = Reader(stream, effective, after, compact=compact)
         readers.append(reader)
         begun.append(asyncio.get_running_loop().time())
         with registry.reading(reader):
@@ -526,7 +528,7 @@ async def test_reader_that_catches_up_before_the_relay_has_its_turn_does_not_lea
     response = Response()
     body = response.raw_body
     settings = Settings(upstream=NOWHERE)
-    registry = Registry(settings, Nowhere(NOWHERE, settings))
+    registry = Registry(settings, Nowhere(NOWHERE, settings, Anthropic(settings)))
     stream = registry.create(Question([b"{}"]), leave_s=60)
     stream.attach(Behind())
     await eventually(lambda: hasattr(body, "on_data"))
@@ -1005,7 +1007,8 @@ class Model:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = next(one for one in self.connections if one.protocol is request.protocol)
-        connection.reader = Reader(self.stream, self.settings, connection.after, compacted=connection.compacted)
+        compact = Anthropic(self.settings).compact if connection.compacted else None
+        connection.reader = Reader(self.stream, self.settings, connection.after, compact=compact)
         connection.task = asyncio.current_task()
         try:
             return await connection.reader.run(cast("web.Request", request))

@@ -17,7 +17,7 @@ from rawclient import RawClient
 from structlog.testing import capture_logs
 
 from aisse.errors import LimitError, RequestError, UpstreamError
-from aisse.formats.anthropic import AnthropicFormat, Mark
+from aisse.formats.anthropic import Anthropic, AnthropicFollower
 from aisse.settings import Settings
 from aisse.sse import frame
 from aisse.streams import registry as registry_module
@@ -31,6 +31,7 @@ from aisse.upstream.question import Question
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from aisse.formats.format import Mark
     from aisse.simulator import Simulator
 
 NOWHERE = "http://127.0.0.1:9"
@@ -40,7 +41,7 @@ class SilentUpstream(Upstream):
     """Never answers. `waiting` is how many requests wait for it."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(NOWHERE, settings)
+        super().__init__(NOWHERE, settings, Anthropic(settings))
         self.waiting = 0
 
     async def open(self, question: Question) -> UpstreamResponse:
@@ -685,14 +686,14 @@ async def test_relay_that_is_cancelled_by_somebody_else_ends_its_stream() -> Non
 async def test_client_of_a_relay_that_fails_gets_an_end_and_its_neighbour_its_answer(
     server: Server, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observe = AnthropicFormat.observe
+    observe = AnthropicFollower.observe
 
-    def failing(self: AnthropicFormat, event_type: bytes, body: bytes) -> Mark:
+    def failing(self: AnthropicFollower, event_type: bytes, body: bytes) -> Mark:
         if b"poison" in body:
             raise ZeroDivisionError("a bug")
         return observe(self, event_type, body)
 
-    monkeypatch.setattr(AnthropicFormat, "observe", failing)
+    monkeypatch.setattr(AnthropicFollower, "observe", failing)
     async with await RawClient.connect(server.address) as bad, await RawClient.connect(server.address) as good:
         await good.post(prompt("[[tokens=60 pace=100]]"))
         await bad.post(prompt("[[text='one two poison three' pace=20]]"))

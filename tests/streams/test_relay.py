@@ -28,7 +28,7 @@ from rawupstream import (
     raw_upstream,
 )
 
-from aisse.formats.anthropic import AnthropicFormat, Mark
+from aisse.formats.anthropic import AnthropicFollower
 from aisse.upstream.client import Upstream, UpstreamResponse
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from aisse.formats.format import Mark
     from aisse.simulator import Simulator
     from aisse.streams.stream import Stream
     from aisse.upstream.question import Question
@@ -339,14 +340,14 @@ async def test_half_an_event_is_none_where_nothing_says_that_the_body_was_cut(cl
 async def test_bug_in_the_last_event_ends_the_stream_as_an_error(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observe = AnthropicFormat.observe
+    observe = AnthropicFollower.observe
 
-    def fail_at_the_end(self: AnthropicFormat, event_type: bytes, body: bytes) -> Mark:
+    def fail_at_the_end(self: AnthropicFollower, event_type: bytes, body: bytes) -> Mark:
         if event_type == b"message_stop":
             raise ZeroDivisionError
         return observe(self, event_type, body)
 
-    monkeypatch.setattr(AnthropicFormat, "observe", fail_at_the_end)
+    monkeypatch.setattr(AnthropicFollower, "observe", fail_at_the_end)
 
     async def answer(request: Request, connection: Connection) -> None:
         connection.send(head(), chunk(b"".join(SHORT)[:-1]), LAST_CHUNK)
@@ -963,14 +964,14 @@ async def test_exception_in_one_relay_ends_that_stream_alone(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """Where the bytes came along with the headers, and where the event loop hands them to the relay."""
-    observe = AnthropicFormat.observe
+    observe = AnthropicFollower.observe
 
-    def failing(self: AnthropicFormat, event_type: bytes, body: bytes) -> Mark:
+    def failing(self: AnthropicFollower, event_type: bytes, body: bytes) -> Mark:
         if b"poison" in body:
             raise ZeroDivisionError("poison")
         return observe(self, event_type, body)
 
-    monkeypatch.setattr(AnthropicFormat, "observe", failing)
+    monkeypatch.setattr(AnthropicFollower, "observe", failing)
     failed = asyncio.Event()
     connections: dict[str, Connection] = {}
 

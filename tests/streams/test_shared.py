@@ -31,7 +31,7 @@ from redis_server import binaries, redis_server, required
 from structlog.testing import capture_logs
 
 from aisse.errors import ConfigError, UnknownStreamError
-from aisse.formats.anthropic import AnthropicFormat
+from aisse.formats.anthropic import Anthropic
 from aisse.replay import scripts
 from aisse.replay.lookup import GATHER_S, PATIENCE_S
 from aisse.replay.memory import MemoryLog, ReplayMemory
@@ -1494,7 +1494,7 @@ async def test_close_that_is_asked_for_again_waits_and_warns_once(
 
 async def test_start_that_is_refused_leaves_nothing_open(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.model_validate({"upstream": "simulator", "log": f"redis://127.0.0.1:{redis.port}/99"})
-    shared = Shared(settings, ReplayMemory(1))
+    shared = Shared(settings, ReplayMemory(1), Anthropic(settings))
     closed = []
     for client in (shared._client, shared._blocking):
 
@@ -1533,15 +1533,16 @@ EVENTS = st.one_of(
 def test_usage_of_a_followed_stream_is_known_as_its_events_come(batches: list[list[tuple[str, Any]]]) -> None:
     stream_id = "A" * 22
     log = UnreadLog(stream_id, ReplayMemory(1 << 20))
-    stream = FollowedStream(stream_id, log, now=0.0, created_at=0.0, on_end=lambda _stream: None)
+    anthropic = Anthropic(Settings())
+    stream = FollowedStream(stream_id, log, anthropic, now=0.0, created_at=0.0, on_end=lambda _stream: None)
     usage = {"input_tokens": 0, "output_tokens": 0}
-    format_, seq = AnthropicFormat(usage), 0
+    follower, seq = anthropic.follow(usage), 0
     for batch in batches:
         text = b""
         for event_type, data in batch:
             seq += 1
             lines = (f"event: {event_type}\n" if event_type else "") + f"data: {json.dumps(data)}"
-            format_.observe(event_type.encode(), lines.encode())
+            follower.observe(event_type.encode(), lines.encode())
             text += f"{lines}\nid: {stream_id}.{seq}\n\n".encode()
         stream.publish(text, seq)
         assert stream.usage == usage

@@ -43,6 +43,7 @@ from structlog.testing import capture_logs
 
 import aisse
 from aisse.errors import ConfigError, UpstreamError
+from aisse.formats.anthropic import Anthropic
 from aisse.settings import Settings
 from aisse.upstream.client import Upstream, _Sending, key_for, needs_key
 from aisse.upstream.question import Question
@@ -467,7 +468,7 @@ async def test_base_url_may_end_in_what_other_tools_want_there(
 
 
 def test_base_url_whose_host_is_called_v1_keeps_it() -> None:
-    assert str(Upstream("https://v1", Settings())._url) == "https://v1/v1/messages"
+    assert str(Upstream("https://v1", Settings(), Anthropic(Settings()))._url) == "https://v1/v1/messages"
 
 
 async def test_cookies_are_not_kept(simulator: Simulator, client: aiohttp.ClientSession) -> None:
@@ -501,7 +502,8 @@ async def test_cookie_of_an_upstream_that_has_a_name_is_not_sent_with_the_next_q
 
 @contextlib.asynccontextmanager
 async def started(url: str, **settings: Any) -> AsyncIterator[Upstream]:
-    upstream = Upstream(url, Settings(**settings), key=OWN)
+    effective = Settings(**settings)
+    upstream = Upstream(url, effective, Anthropic(effective), key=OWN)
     await upstream.start()
     try:
         yield upstream
@@ -1223,7 +1225,7 @@ async def test_connection_that_fails_after_the_commit_is_an_error_event(
 
 
 async def test_upstream_that_was_never_started_is_a_bug() -> None:
-    upstream = Upstream("http://127.0.0.1:1", Settings())
+    upstream = Upstream("http://127.0.0.1:1", Settings(), Anthropic(Settings()))
     with pytest.raises(AssertionError):
         await upstream.open(Question([b"{}"]))
     await upstream.close()  # idempotent
@@ -1366,6 +1368,7 @@ async def test_compressed_error_that_unpacks_to_much_is_not_unpacked(client: aio
         (b'{"error":{"message":"slow","type":"tokens","code":"rate_limit_exceeded"}}', 429, "slow"),
         (b'{"error":"model is required","code":400}', 400, "model is required"),
         (b'{"type":"message","content":[]}', 502, "something else than a stream"),
+        (b"Hello!", 502, "something else than a stream"),
     ],
 )
 async def test_error_as_json_under_status_200_has_its_own_status(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aisse.errors import MESSAGE_CHARS
-from aisse.formats.anthropic import error_of
+from aisse.formats.errors import error_of
 from aisse.upstream.failures import cleaned, refusal, request_id, retry_after, said_error, said_in_success, unreachable
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -37,7 +37,7 @@ def error_json(message: str, kind: str = "", code: str = "") -> bytes:
 @pytest.mark.parametrize("status", range(400, 500))
 def test_mistake_of_a_client_is_never_a_5xx(status: int) -> None:
     """But for what a client has no part in: the account, the address, the headers."""
-    error = refusal(status, {}, error_json("what is wrong"), KEY)
+    error = refusal(status, {}, error_of(error_json("what is wrong")), KEY)
     if status in {401, 402, 403, 405, 406, 407, 408, 411, 415, 417, 421, 426, 431}:
         assert error.status == (504 if status == 408 else 502)
         assert error.cause
@@ -75,7 +75,7 @@ ACCOUNT = [
 def test_what_concerns_the_account_is_told_to_the_operator_and_not_to_strangers(
     status: int, payload: bytes, message: str
 ) -> None:
-    error = refusal(status, {"Retry-After": "3"}, payload, KEY)
+    error = refusal(status, {"Retry-After": "3"}, error_of(payload), KEY)
     assert (error.status, error.kind, error.message, error.retry_after) == (502, "api_error", message, None)
     assert error.upstream_status == status
     assert error.cause is not None
@@ -88,9 +88,9 @@ def test_what_concerns_the_account_is_told_to_the_operator_and_not_to_strangers(
 )
 def test_mistake_of_a_client_that_is_said_under_500_is_a_4xx(kind: str, ours: int) -> None:
     """Clients would ask the same ten times more."""
-    error = refusal(500, {}, json.dumps({"error": {"type": kind, "message": "what is wrong"}}).encode(), KEY)
+    error = refusal(500, {}, error_of(error_json("what is wrong", kind)), KEY)
     assert (error.status, error.upstream_status, error.message) == (ours, 500, "what is wrong")
-    assert refusal(500, {}, json.dumps({"error": {"type": "server_error", "message": "m"}}).encode(), KEY).status == 502
+    assert refusal(500, {}, error_of(error_json("m", "server_error")), KEY).status == 502
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_mistake_of_a_client_that_is_said_under_500_is_a_4xx(kind: str, ours: in
     ],
 )
 def test_mistake_of_a_client_that_sounds_like_money_stays_its_own(message: str) -> None:
-    assert refusal(400, {}, error_json(message), KEY).status == 400
+    assert refusal(400, {}, error_of(error_json(message)), KEY).status == 400
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,10 @@ def test_mistake_of_a_client_that_sounds_like_money_stays_its_own(message: str) 
 )
 def test_error_without_a_status_has_that_of_its_type(kind: str, code: str, status: int, ours: str) -> None:
     """In an `error` event, and under status 200."""
-    payload = error_json("m", kind, code)
-    event = said_error(error_of(payload), KEY)
+    what = error_of(error_json("m", kind, code))
+    event = said_error(what, KEY)
     assert (event.status, event.kind, event.upstream_status) == (status, ours, None)
-    body = said_in_success({"Retry-After": "3"}, payload, KEY)
+    body = said_in_success({"Retry-After": "3"}, what, KEY)
     assert (body.status, body.kind, body.upstream_status) == (status, ours, 200)
     assert body.retry_after == ("3" if status in {429, 503} else None)
     assert (event.cause is None) is (400 <= status < 429)
@@ -144,27 +144,26 @@ def test_error_without_a_status_has_that_of_its_type(kind: str, code: str, statu
 @pytest.mark.parametrize(("said", "ours"), [(400, 400), (404, 404), (429, 429), (500, 502), (503, 503), (401, 502)])
 @pytest.mark.parametrize("name", ["code", "status", "status_code"])
 def test_error_without_a_status_may_have_one_in_its_json(name: str, said: int, ours: int) -> None:
-    assert said_in_success({}, json.dumps({"error": {"message": "m", name: said}}).encode(), None).status == ours
+    what = error_of(json.dumps({"error": {"message": "m", name: said}}).encode())
+    assert said_in_success({}, what, None).status == ours
 
 
-@pytest.mark.parametrize(
-    "payload", [b"", b"<html>", b"Hello!", b'{"type":"message","content":[]}', b'{"choices":[]}', b"[]"]
-)
+@pytest.mark.parametrize("payload", [b"", b"<html>", b'{"type":"message","content":[]}', b'{"choices":[]}', b"[]"])
 def test_success_that_says_no_error_is_no_stream(payload: bytes) -> None:
-    error = said_in_success({}, payload, KEY)
+    error = said_in_success({}, error_of(payload), KEY)
     assert (error.status, error.message) == (502, "the upstream answered with something else than a stream")
     assert error.cause == "answered with something else than an event stream"
 
 
 def test_answer_404_that_names_nothing_is_told_to_the_operator_too() -> None:
     """A wrong base URL looks like this."""
-    assert refusal(404, {}, b"<html>not here</html>", None).cause is not None
+    assert refusal(404, {}, error_of(b"<html>not here</html>"), None).cause is not None
     for said in ("Not Found", "404 page not found\n", "Cannot POST /v1/v1/messages", error_json("Not found")):
         payload = said if isinstance(said, bytes) else said.encode()
-        assert refusal(404, {}, payload, None).cause is not None
-        assert refusal(404, {}, json.dumps({"detail": payload.decode()}).encode(), None).cause is not None
-    assert refusal(404, {}, b"model llama9 not found", None).cause is None
-    assert refusal(404, {}, error_json("model: x"), None).cause is None
+        for body in (payload, json.dumps({"detail": payload.decode()}).encode()):
+            assert refusal(404, {}, error_of(body), None).cause is not None
+    for body in (b"model llama9 not found", error_json("model: x")):
+        assert refusal(404, {}, error_of(body), None).cause is None
 
 
 # --- Retry-After --------------------------------------------------------------------------------------------------
@@ -307,7 +306,8 @@ def test_cause_that_is_its_own_cause_is_found_out() -> None:
 )
 def test_nothing_that_an_upstream_says_gets_into_the_log_or_out_of_bounds(status: int, payload: bytes) -> None:
     """`kind`, `cause` and the status go into the log; the message is for a client, and has no key."""
-    errors = [said_error(error_of(payload), KEY), said_in_success({}, payload, KEY), refusal(status, {}, payload, KEY)]
+    said = error_of(payload)
+    errors = [said_error(said, KEY), said_in_success({}, said, KEY), refusal(status, {}, said, KEY)]
     for error in errors:
         assert 300 <= error.status < 600
         assert re.fullmatch(r"[a-z_]{1,30}", error.kind)
@@ -338,7 +338,7 @@ def test_words_lose_what_looks_like_a_key(text: str) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 422, 429, 500, 502, 503, 504, 529])
 def test_time_to_wait_is_passed_on_only_where_waiting_helps(status: int) -> None:
-    error = refusal(status, {"Retry-After": "7"}, b"{}", None)
+    error = refusal(status, {"Retry-After": "7"}, error_of(b"{}"), None)
     assert error.retry_after == ("7" if error.status in {429, 503} else None)
     assert error.status not in {429, 503} or status in {429, 503, 529}
 

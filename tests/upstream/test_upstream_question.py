@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aisse.errors import RequestError
-from aisse.upstream.question import Bodies, Hold, Pieces, Question
+from aisse.upstream.question import Bodies, Hold, Pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,11 +56,6 @@ async def test_payload_is_written_in_small_pieces_as_often_as_asked(pieces: Sequ
         assert max(len(part) for part in writer.written) <= 64 << 10
         assert writer.most_at_once <= (128 << 10) + 100
     assert payload.decode("latin-1") == whole.decode("latin-1")
-
-
-def test_betas_are_the_only_header_of_a_question() -> None:
-    assert Question([b"{}"]).headers == {}
-    assert Question([b"{}"], "a,b").headers == {"anthropic-beta": "a,b"}
 
 
 LIMIT = 1000

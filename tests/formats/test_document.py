@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aisse.errors import RequestError
+from aisse.formats.anthropic import Anthropic
 from aisse.routes.intake import Look
-from aisse.routes.question import Asking
 from aisse.settings import Settings
 
-ASKING = Asking(Settings(model="m", max_tokens=7, allow_fields=("open",)))
+FORMAT = Anthropic(Settings(model="m", max_tokens=7, allow_fields=("open",)))
 DEFAULTS = {"model": "m", "max_tokens": "7", "stream": True}
 
 
@@ -36,9 +36,9 @@ def run_on(body: bytearray) -> tuple[tuple[bytes | memoryview, ...], list[float]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio, "sleep", sleep)
         try:
-            ASKING.pieces(body).send(None)
+            FORMAT.ask(body).send(None)
         except StopIteration as done:
-            return done.value, turns
+            return done.value.pieces, turns
     raise AssertionError
 
 
