@@ -1,4 +1,4 @@
-"""A question's body as it comes: bounded, counted and looked at piece by piece, so that none takes long."""
+"""A question's body as it comes: it is bounded, counted, and looked at piece by piece, so that no step takes long."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
     from aisse.settings import Settings
     from aisse.upstream.question import Hold
 
-# A parser takes 8 ms for 32 MiB of plain text. What takes it longer is bounded, far beyond what a model reads: it would
-# hold everybody up. Values are counted by the commas, `[` and `{` outside of strings: ten thousand messages of three
-# blocks each have as many, photos a handful. All that is outside of strings counts, whitespace and numbers above all.
+# A parser takes 8 ms for 32 MiB of plain text. What takes it longer would hold everybody up, and is bounded, far beyond
+# what a model reads. Values are counted by the commas, `[` and `{` outside of strings: ten thousand messages of three
+# blocks each have as many as this, photos have a handful. The last bound is for all that is outside of strings,
+# whitespace and numbers above all.
 MAX_VALUES = 200_000
 MAX_BACKSLASHES = 2_000_000
 MAX_OUTSIDE_BYTES = 4 << 20
 
-# How much is looked at before others get a turn. Quotes alone take 2 ms.
+# How much is looked at before others get a turn. If it is all quotes, that takes 2 ms.
 STEP_BYTES = 64 << 10
 
-# Names up to this are taken. Longer ones are refused, though of the steps in which one begins and ends its escapes do
-# not count: those beyond three steps always.
+# A name up to this long is taken. A longer one is refused. Its escapes do not count in the steps in which it begins
+# and ends, so that only one beyond three steps is refused for certain.
 MAX_NAME_BYTES = 32 << 10
 
-# A body has `body_s`, and a second more for each 64 KiB that have come: 32 MiB from a phone take minutes.
+# A body has `body_s` to arrive, and a second more for each 64 KiB that have come: 32 MiB from a phone take minutes.
 _EXTENDING_BYTES = 64 << 10
 
 _WHITESPACE = b" \t\r\n"
@@ -44,11 +45,12 @@ class Digest(Protocol):
 
 
 async def read_body(request: web.Request, settings: Settings, hold: Hold, digest: Digest | None) -> bytearray:
-    """The whole body, counted in `hold` as it comes, and added to `digest`. Raises RequestError where it is refused.
+    """The whole body. It is counted in `hold` as it comes, and added to `digest`.
 
-    It is UTF-8, and no parser needs long for it: see MAX_VALUES and those below it.
+    Raises RequestError where it is refused: what is returned is UTF-8, and no parser needs long for it, see MAX_VALUES
+    and those below it.
     """
-    # It grows in place: to join the pieces of 32 MiB at the end would take 20 ms.
+    # It grows in place, because to join the pieces of 32 MiB at the end would take 20 ms.
     body = bytearray()
     look = Look()
 
@@ -69,7 +71,7 @@ async def read_body(request: web.Request, settings: Settings, hold: Hold, digest
 
 
 async def read_away(request: web.Request, settings: Settings) -> None:
-    """Reads a body that nobody needs. Raises RequestError as `read_body` does, but not for what is in it."""
+    """Reads a body that nobody needs. Raises RequestError as `read_body` does, but not for what the body says."""
 
     async def take(_piece: bytes) -> None:
         pass
@@ -78,7 +80,7 @@ async def read_away(request: web.Request, settings: Settings) -> None:
 
 
 async def _receive(request: web.Request, settings: Settings, take: Callable[[bytes], Awaitable[None]]) -> None:
-    """The whole body, before anything is answered: an unread one would hide that the client has left."""
+    """Gives the whole body to `take`. Nothing is answered before, since an unread body hides that its client left."""
     if request.content_type != "application/json":
         raise RequestError(415, "invalid_request_error", "must be application/json", "Content-Type")
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
@@ -90,10 +92,10 @@ async def _receive(request: web.Request, settings: Settings, take: Callable[[byt
     try:
         async with asyncio.timeout(settings.body_s) as limit:
             first_deadline = limit.when() or 0.0
-            # Not by request.read(), which keeps the body for as long as the connection lives.
+            # It is not read by request.read(), which keeps the body for as long as the connection lives.
             async for piece in request.content.iter_any():
                 if size:
-                    # What has come already is given out without a pause: of chunks of one byte for 30 ms.
+                    # aiohttp gives out what has come already without a pause: chunks of one byte for 30 ms.
                     await asyncio.sleep(0)
                 more_s = (size + len(piece)) // _EXTENDING_BYTES
                 if more_s > size // _EXTENDING_BYTES:
