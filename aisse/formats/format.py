@@ -1,6 +1,7 @@
 """What a wire format has to know: the contract between a format and whoever relays it.
 
-Who needs a format is given it by its constructor. Only `known` imports one by its name.
+Whoever needs a format is given it by its constructor. Only `known` imports one by its name. How this server says an
+error to its own clients is no format's to know: `errors.error_body` is the one shape, whatever the upstream speaks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Mark(enum.Enum):
 CONTENT, PING, END, ERROR, RESERVED = Mark
 
 OURS = frozenset({b"end", b"reconnect"})
-"""Events of our own: an upstream's would end a reader's stream in the middle, or send the reader elsewhere."""
+"""Types of our own events. An upstream's would end a reader's stream in the middle, or send the reader elsewhere."""
 
 
 class Asked(NamedTuple):
@@ -57,8 +58,8 @@ class Follower(Protocol):
     def observe(self, event_type: bytes, body: bytes) -> Mark:
         """What the next event is. It is given in the two parts of a `sse.RawEvent`.
 
-        This is called for every event of every stream, so that the most common one has to be told first. It must not
-        raise, whatever the upstream sends.
+        This is called for every event of every stream: look for the most common type first. It must not raise,
+        whatever the upstream sends.
         """
 
     def is_whole(self, data: bytes) -> bool:
@@ -111,8 +112,8 @@ class Format(Protocol):
     def compact(self, frames: bytes) -> bytes:
         """Whole frames, with each run of adjacent events that only add text to the same place merged into one event.
 
-        A merged event has the id of its last. What a client adds up stays the same to the byte, and to compact frames
-        that are compact changes nothing. A format that cannot merge returns `frames`.
+        A merged event has the id of its last. What a client adds up stays the same to the byte. Frames that are compact
+        stay as they are. A format that cannot merge returns `frames`.
         """
 
     def read_error(self, payload: bytes) -> Said:

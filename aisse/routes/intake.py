@@ -114,7 +114,7 @@ async def _receive(request: web.Request, settings: Settings, take: Callable[[byt
 class Look:
     """What is seen of a body without parsing it: whether it is UTF-8, and how much work it is for a parser.
 
-    Of what is no JSON it may count too much or too little after the first mistake; a parser stops there.
+    In what is no JSON it may count too much or too little after the first mistake. A parser stops there anyway.
     """
 
     __slots__ = (
@@ -136,30 +136,30 @@ class Look:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._in_character = False
         self._size = 0
-        self._counted = 0  # how much of it
+        self._counted = 0  # how many of these bytes have been counted
         self._in_string = False
-        self._cut = False  # between a backslash and what it escapes
-        self._open = 0  # how much of the string that the last piece ended in
-        self._closed = 0  # the length of a string from earlier pieces after which nothing has come yet
+        self._cut = False  # whether the last piece ended between a backslash and what it escapes
+        self._open = 0  # how much has come of the string in which the last piece ended
+        self._closed = 0  # the length of a string that began in an earlier piece, while nothing has come after it
         self._values = 0
         self._strings = 0
         self._backslashes = 0
         self._outside = 0
 
     def at(self, piece: bytes) -> None:
-        """The next piece. Raises RequestError (400) where it is not UTF-8."""
+        """Takes the next piece. Raises RequestError (400) where it is not UTF-8."""
         self._size += len(piece)
-        # Base64 and most text need no more than this.
+        # Base64 and most text are ASCII, and need no more than this.
         if self._in_character or not piece.isascii():
             self._check_utf8(piece)
 
     @property
     def behind(self) -> bool:
-        """Whether there is more to count. What is short has too few values for that."""
+        """Whether there is more to count. A short body has too few values to be counted at all."""
         return self._size > STEP_BYTES and self._counted < self._size
 
     def go_on(self, body: bytearray) -> None:
-        """Counts a part of what has come. Raises RequestError (400) at what is not to be parsed."""
+        """Counts a part of what has come. Raises RequestError (400) where a parser would take too long."""
         part = bytes(body[self._counted : self._counted + STEP_BYTES])
         self._counted += len(part)
         self._count(part)
@@ -196,7 +196,7 @@ class Look:
             self._closed = self._open + len(parts[0])
         after = outside[0].lstrip(_WHITESPACE)
         if self._closed > MAX_NAME_BYTES and after.startswith(b":"):
-            # A parser would unescape it, and quote it where it does not know it.
+            # A parser would unescape the name, and would quote one that it does not know.
             raise RequestError(400, "invalid_request_error", "has a name that is too long", "body")
         if after or len(outside) > 1:
             self._closed = 0

@@ -280,6 +280,20 @@ async def test_body_that_ends_without_terminal_event_is_truncated(client: aiohtt
         (await ask(client, server)).holds(events, "truncated")
 
 
+@pytest.mark.parametrize(("wire", "reason"), [(LAST_CHUNK, "complete"), (b"", "truncated")])
+async def test_answer_that_its_format_calls_complete_is_so_where_its_body_ends_in_order(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, wire: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(AnthropicFollower, "is_complete", lambda _self: True)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        connection.send(head(), chunk(b"".join(SHORT[:-1])), wire)
+        connection.fin()
+
+    async with raw_upstream(answer) as upstream, serving(upstream.url) as server:
+        (await ask(client, server)).holds(SHORT[:-1], reason)
+
+
 @pytest.mark.parametrize("missing", [1, 2])
 @pytest.mark.parametrize("framing", ["chunked", "close", "length", "HTTP/1.0"])
 async def test_last_event_needs_no_blank_line_where_the_body_is_whole(
