@@ -78,7 +78,7 @@ def dropped_line(log_format: Literal["auto", "json", "console"]) -> Callable[[in
     return lambda lines: render(
         {"event": "log lines were dropped: nobody read them, or there was no room", "lines": lines},
         "warning",
-        "aisse.telemetry.log",
+        "aisse.log",
     )
 
 

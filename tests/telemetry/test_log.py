@@ -264,7 +264,7 @@ def test_number_of_dropped_lines_is_a_line_like_others(log_format: Any) -> None:
     assert "17" in line
     if log_format == "json":
         said = json.loads(line)
-        assert (said["lines"], said["level"], said["logger"]) == (17, "warning", "aisse.telemetry.log")
+        assert (said["lines"], said["level"], said["logger"]) == (17, "warning", "aisse.log")
 
 
 def test_thread_that_fails_is_logged_without_the_message(lines: Callable[[], list[dict[str, Any]]]) -> None:
