@@ -21,7 +21,8 @@ from aisse.service.systemd import Notifier
 from aisse.settings import log_kind
 from aisse.streams.farewell import Farewell
 from aisse.streams.registry import Registry
-from aisse.upstream.client import Upstream, needs_key
+from aisse.upstream.client import Upstream
+from aisse.upstream.keys import needs_key
 
 if TYPE_CHECKING:
     import socket

@@ -28,7 +28,7 @@ from aisse.simulator import Script, Simulator
 from aisse.simulator.script import first_error
 from aisse.telemetry import log
 from aisse.telemetry.logwriter import LogWriter
-from aisse.upstream.client import PROVIDER_KEYS, key_for
+from aisse.upstream.keys import PROVIDER_KEYS, key_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence

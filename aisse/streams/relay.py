@@ -18,7 +18,8 @@ from aisse.streams.stream import Reason, Stream, failure
 if TYPE_CHECKING:
     from aisse.settings import Settings
     from aisse.upstream.body import Body
-    from aisse.upstream.client import Upstream, UpstreamResponse
+    from aisse.upstream.client import Upstream
+    from aisse.upstream.connection import UpstreamResponse
     from aisse.upstream.question import Question
 
 # After its terminal event an upstream has only the end of its body left to send. Waiting this long for it saves

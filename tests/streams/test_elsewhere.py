@@ -29,7 +29,7 @@ from aisse.streams.farewell import Farewell
 from aisse.streams.registry import KEPT_BYTES, Registry
 from aisse.streams.shared import FollowedStream, Shared
 from aisse.streams.stream import Reason, Stream, ending
-from aisse.upstream.client import Upstream, UpstreamResponse
+from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from aisse.simulator import Simulator
+    from aisse.upstream.connection import UpstreamResponse
 
 NOWHERE = "http://127.0.0.1:9"
 LEASE_S = 1.0

@@ -31,13 +31,14 @@ from aisse.streams import registry as registry_module
 from aisse.streams.reader import RETRY_MS, Reader, StreamResponse
 from aisse.streams.registry import Registry
 from aisse.streams.stream import Reason, State, Stream
-from aisse.upstream.client import Upstream, UpstreamResponse
+from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from aisse.simulator import Simulator
+    from aisse.upstream.connection import UpstreamResponse
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -25,7 +25,7 @@ from aisse.streams.reader import Reader
 from aisse.streams.registry import KEPT_BYTES, Registry
 from aisse.streams.relay import Relay
 from aisse.streams.stream import Reason, State, Stream
-from aisse.upstream.client import Upstream, UpstreamResponse
+from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from aisse.formats.format import Mark
     from aisse.simulator import Simulator
+    from aisse.upstream.connection import UpstreamResponse
 
 NOWHERE = "http://127.0.0.1:9"
 

@@ -29,7 +29,7 @@ from rawupstream import (
 )
 
 from aisse.formats.anthropic import AnthropicFollower
-from aisse.upstream.client import Upstream, UpstreamResponse
+from aisse.upstream.client import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aisse.formats.format import Mark
     from aisse.simulator import Simulator
     from aisse.streams.stream import Stream
+    from aisse.upstream.connection import UpstreamResponse
     from aisse.upstream.question import Question
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rawupstream import LAST_CHUNK, Connection, Request, chunk, head, raw_upstream
 
 from aisse.upstream.body import Body
-from aisse.upstream.client import UpstreamResponse
+from aisse.upstream.connection import UpstreamResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
