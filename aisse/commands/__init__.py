@@ -1,5 +1,8 @@
-"""What can be typed: `aisse serve` and the other commands.
+"""What can be typed: `aisse serve` and the other commands, one module each.
 
-The only room with arguments, environment, signals and exit codes. It may import everything; nothing imports it but
-`aisse.__main__`. Begin with `cli.main`.
+This is the only room with arguments, environment variables, signals and exit codes. It may import everything. Only
+`aisse.__main__` imports it. Begin with `cli`, which reads the arguments and runs one command.
+
+A command's module has `add`, which describes the command to the parser, and is named in `cli.COMMANDS`. What all
+commands share is in `flags` (arguments), `output` (what a command prints) and `loop` (the event loop and signals).
 """

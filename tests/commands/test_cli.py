@@ -15,7 +15,8 @@ import pytest
 import structlog
 
 import aisse
-from aisse.commands import cli
+from aisse.commands import cli, serve, simulate
+from aisse.commands.output import EX_CONFIG
 from aisse.settings import SECRETS, Settings, load
 from aisse.simulator import Script
 
@@ -40,7 +41,7 @@ class Outcome:
     @property
     def refusal(self) -> str:
         """The one line of a refused start."""
-        assert self.code == cli.EX_CONFIG, (self.code, self.out, self.err)
+        assert self.code == EX_CONFIG, (self.code, self.out, self.err)
         assert self.out == ""
         assert self.err.count("\n") == 1
         assert self.err.startswith("aisse: ")
@@ -310,7 +311,7 @@ def test_simulate_passes_every_flag_to_the_script(run: Run, monkeypatch: pytest.
         async def close(self) -> None:
             started.append("closed")
 
-    monkeypatch.setattr(cli, "Simulator", NoSimulator)
+    monkeypatch.setattr(simulate, "Simulator", NoSimulator)
     outcome = run(
         *(
             "simulate",
@@ -358,7 +359,7 @@ def test_descriptor_limit_is_raised_and_a_low_one_is_said(
     monkeypatch.setattr(resource, "getrlimit", lambda _which: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _which, given: set_to.append(given))
     with structlog.testing.capture_logs() as lines:
-        cli._raise_descriptor_limit(5000)
+        serve.raise_descriptor_limit(5000)
     assert set_to == ([raised_to] if raised_to else [])
     assert [(line["log_level"], line["open_files"], line["needed"]) for line in lines] == (
         [("warning", limits[1], 10_064)] if warned else []

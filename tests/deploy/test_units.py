@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aisse import deploy
 from aisse.commands import cli
+from aisse.commands.serve import SPARE_DESCRIPTORS
+from aisse.deploy import units
 from aisse.errors import ConfigError
 from aisse.settings import Settings
 
@@ -79,10 +80,10 @@ def value(text: str, name: str) -> str:
 # --- the text -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", deploy.UNITS)
+@pytest.mark.parametrize("name", units.UNITS)
 def test_shipped_unit_is_the_one_of_default_settings(name: str) -> None:
     """Its timeout and limit are derived from settings: a default that changes has to change them."""
-    assert deploy.unit(name, Settings(), PYTHON, None) == shipped(name)
+    assert units.unit(name, Settings(), PYTHON, None) == shipped(name)
 
 
 def test_services_differ_in_what_they_are_for_alone() -> None:
@@ -98,15 +99,15 @@ def test_services_differ_in_what_they_are_for_alone() -> None:
     [({}, 35), ({"drain_s": 600}, 610), ({"drain_s": 0.5, "unready_s": 0.25}, 11), ({"unready_s": 10}, 45)],
 )
 def test_stop_timeout_is_the_drain_and_a_margin(name: str, settings: dict[str, float], timeout_s: int) -> None:
-    text = deploy.unit(name, Settings.model_validate(settings), PYTHON, None)
+    text = units.unit(name, Settings.model_validate(settings), PYTHON, None)
     assert value(text, "TimeoutStopSec") == str(timeout_s)
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_limit_of_open_files_is_enough_for_every_stream(name: str) -> None:
-    text = deploy.unit(name, Settings(max_streams=300), PYTHON, None)
+    text = units.unit(name, Settings(max_streams=300), PYTHON, None)
     limit = int(value(text, "LimitNOFILE"))
-    assert 2 * 300 + cli._SPARE_DESCRIPTORS <= limit == 1264
+    assert 2 * 300 + SPARE_DESCRIPTORS <= limit == 1264
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_limit_of_open_files_is_enough_for_every_stream(name: str) -> None:
     ],
 )
 def test_socket_listens_where_the_settings_say(settings: dict[str, object], address: str) -> None:
-    text = deploy.unit("aisse.socket", Settings.model_validate(settings), PYTHON, None)
+    text = units.unit("aisse.socket", Settings.model_validate(settings), PYTHON, None)
     assert value(text, "ListenStream") == address
 
 
@@ -128,18 +129,18 @@ def test_socket_listens_where_the_settings_say(settings: dict[str, object], addr
 )
 def test_socket_without_a_fixed_address_is_refused(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=f"^{named}"):
-        deploy.unit("aisse.socket", Settings.model_validate(settings), PYTHON, None)
+        units.unit("aisse.socket", Settings.model_validate(settings), PYTHON, None)
 
 
 def test_paths_are_quoted_as_systemd_reads_them() -> None:
-    text = deploy.unit("aisse.service", Settings(), Path('/opt/a "b" %c/python'), Path("/etc/$x\\y.toml"))
+    text = units.unit("aisse.service", Settings(), Path('/opt/a "b" %c/python'), Path("/etc/$x\\y.toml"))
     assert value(text, "ExecStart") == ('"/opt/a \\"b\\" %%c/python" -m aisse serve --config "/etc/$$x\\\\y.toml"')
 
 
 # --- the command ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", deploy.UNITS)
+@pytest.mark.parametrize("name", units.UNITS)
 def test_unit_prints_one_as_it_belongs_into_its_file(run: Run, installed: None, name: str) -> None:
     assert run(name) == (0, shipped(name), "")
 
@@ -158,13 +159,13 @@ def test_unit_takes_interpreter_and_settings_of_this_machine(run: Run, tmp_path:
 def test_unit_without_a_name_prints_all_and_how_to_install_them(run: Run, installed: None) -> None:
     code, text, errors = run()
     assert (code, errors) == (0, "")
-    header, *units = re.split(r"^# --- /etc/systemd/system/(.*)\n\n", text, flags=re.MULTILINE)
-    assert dict(zip(units[::2], (unit.strip() + "\n" for unit in units[1::2]), strict=True)) == {
-        name: shipped(name) for name in deploy.UNITS
+    header, *parts = re.split(r"^# --- /etc/systemd/system/(.*)\n\n", text, flags=re.MULTILINE)
+    assert dict(zip(parts[::2], (text.strip() + "\n" for text in parts[1::2]), strict=True)) == {
+        name: shipped(name) for name in units.UNITS
     }
     assert all(line.startswith("#") for line in header.strip().splitlines())
     for command in (
-        *(f"/opt/aisse/bin/python -m aisse unit {name} | sudo tee /etc/systemd/system/{name}" for name in deploy.UNITS),
+        *(f"/opt/aisse/bin/python -m aisse unit {name} | sudo tee /etc/systemd/system/{name}" for name in units.UNITS),
         "systemctl daemon-reload",
         "/etc/aisse/upstream_key",
         "systemctl enable --now aisse.socket aisse.service",
@@ -191,7 +192,7 @@ def test_unit_of_another_name_is_refused_in_one_line(run: Run, arguments: list[s
 def test_help_of_unit_names_them_all(run: Run) -> None:
     code, text, _ = run("--help")
     assert code == 0
-    for name in deploy.UNITS:
+    for name in units.UNITS:
         assert name in text
 
 
@@ -231,15 +232,15 @@ def test_path_that_only_resembles_a_hidden_one_is_fine(
 
 
 def test_hidden_settings_file_is_said() -> None:
-    assert deploy.hidden([Path("/etc/aisse/aisse.toml")]) == []
-    (line,) = deploy.hidden([Path("/home/me/aisse.toml")])
+    assert units.hidden([Path("/etc/aisse/aisse.toml")]) == []
+    (line,) = units.hidden([Path("/home/me/aisse.toml")])
     assert line == "/home/me/aisse.toml is hidden from the service by ProtectHome"
 
 
 def test_link_to_a_hidden_place_is_said(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("/root/.pyenv")
-    assert "/root/.pyenv is hidden from the service by ProtectHome" in deploy.hidden([link])
+    assert "/root/.pyenv is hidden from the service by ProtectHome" in units.hidden([link])
 
 
 def test_settings_of_this_shell_are_said_to_be_missing_in_the_service(run: Run, installed: None) -> None:
@@ -264,14 +265,14 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def printed(tmp_path: Path) -> Path:
     """The units as files, for an interpreter that exists."""
-    for name in deploy.UNITS:
-        (tmp_path / name).write_text(deploy.unit(name, Settings(), Path(sys.executable), None))
+    for name in units.UNITS:
+        (tmp_path / name).write_text(units.unit(name, Settings(), Path(sys.executable), None))
     return tmp_path
 
 
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_units(printed: Path) -> None:
-    files = [str(printed / name) for name in deploy.UNITS]
+    files = [str(printed / name) for name in units.UNITS]
     done = analyze("verify", *files)
     # It reads the machine's own units along with them, and may have something to say about those.
     about_ours = [line for line in done.stderr.splitlines() if "aisse" in line or str(printed) in line]

@@ -26,7 +26,7 @@ from command import START_S, ending
 from conftest import eventually, prompt
 from manager import ENVIRONMENT, PROGRAM, PYTHON, Manager, UnavailableError, booted
 
-from aisse import deploy
+from aisse.deploy import units
 from aisse.settings import Settings
 
 if TYPE_CHECKING:
@@ -403,8 +403,8 @@ async def machine(simulator: Simulator) -> AsyncIterator[Machine]:
         (etc / "upstream_key").chmod(0o600)
         # By name: a service has to be able to look one up.
         machine.set(upstream=simulator.url.replace("127.0.0.1", "localhost"), host=host)
-        for name in deploy.UNITS:
-            text = deploy.unit(name, Settings(host=host, port=port), PYTHON, None)
+        for name in units.UNITS:
+            text = units.unit(name, Settings(host=host, port=port), PYTHON, None)
             manager.write(name, text.replace("/etc/aisse/", f"{etc}/"))
             if name.endswith(".service"):
                 # Where the interpreter's imports are, and where the log can be read from outside.
