@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SERVER = "aisse"
-"""What the header `Server` says: not the versions of libraries, for whoever looks for holes."""
+"""What the header `Server` says. It says no versions of libraries: those would help whoever looks for holes."""
 
 # Anybody can send thousands a second: they are counted, and told at most so often.
 _TELL_S = 60.0
 
 _log = structlog.get_logger("aisse.connection")
+
+
+async def server_header(_request: web.Request, response: web.StreamResponse) -> None:
+    """For `on_response_prepare`: says who answers."""
+    response.headers[hdrs.SERVER] = SERVER
 
 
 class Refusals:

@@ -6,6 +6,8 @@ child that inherited them would speak for it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import socket
@@ -14,9 +16,14 @@ from typing import TYPE_CHECKING, Self
 from aisse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import AsyncIterator, MutableMapping
+
+    from aisse.streams.registry import Registry
 
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+
+# How often the supervisor is told how many streams run.
+_STATUS_S = 1.0
 
 
 class Notifier:
@@ -89,6 +96,26 @@ class Notifier:
             pass  # the supervisor went away; the service goes on
         else:
             self._unsent.clear()
+
+
+@contextlib.asynccontextmanager
+async def supervised(notifier: Notifier, registry: Registry) -> AsyncIterator[None]:
+    """Tells the supervisor that the event loop turns, and what it is busy with, as long as the block runs."""
+    every_s = min(_STATUS_S, notifier.alive_every_s or _STATUS_S)
+
+    async def tell() -> None:
+        while True:
+            notifier.alive()
+            state = "draining: " if registry.draining else ""
+            notifier.status(f"{state}{registry.active_streams} streams, {registry.readers} readers")
+            await asyncio.sleep(every_s)
+
+    task = asyncio.create_task(tell(), name="supervisor")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:

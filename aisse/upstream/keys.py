@@ -42,6 +42,15 @@ def key_for(base_url: str, settings: Settings, environ: Mapping[str, str]) -> tu
     return found
 
 
+def check_key(base_url: str, key: str | None) -> None:
+    """Raises ConfigError where `key` is None and the host is known to ask for one."""
+    if key is not None or (variable := needs_key(base_url)) is None:
+        return
+    if base_url.startswith("http:"):
+        raise ConfigError(f"upstream: keys go over TLS only; say https:// instead of {base_url}")
+    raise ConfigError(f"upstream: {base_url} needs a key; set {variable}, or try `--upstream simulator`")
+
+
 def needs_key(base_url: str) -> str | None:
     """The variable whose key this host is known to ask for, or None."""
     for variable, domain, subdomains in PROVIDER_KEYS:
