@@ -1,17 +1,13 @@
-"""The settings: one frozen object from defaults < TOML file < environment < flags.
+"""The settings: one frozen object, what each of them may be, and which of them fit together.
 
-A setting has one name in all three: `heartbeat_s`, `AISSE_HEARTBEAT_S`, `--heartbeat-s`.
+`aisse.commands.sources` fills it from a file, the environment and flags.
 """
 
 from __future__ import annotations
 
-import codecs
 import ipaddress
-import json
 import re
-import tomllib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,19 +16,10 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from yarl import URL
-
-from aisse.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-ENV_PREFIX = "AISSE_"
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}"
 
@@ -263,26 +250,12 @@ class Settings(BaseModel):
 
 
 SECRETS = frozenset({"access_tokens", "upstream_key"})
-"""Never a flag (other users of the machine see those), never shown. Of `log` that holds for its password."""
-
-MASK = "********"
+"""They are never shown, and never flags: other users of the machine see those. Of `log` that holds for its password."""
 
 
 def log_kind(settings: Settings) -> str:
     """Where streams are kept, without where that is: `memory`, `redis`, `rediss` or `unix`."""
     return settings.log.get_secret_value().partition(":")[0]
-
-
-def has_password(text: str) -> bool:
-    """Whether a URL has a password in it."""
-    return re.search(r"//[^/@]*:[^/]*@|[?&]password=", text) is not None
-
-
-def without_password(text: str) -> str:
-    """A URL with what stands in it for a password masked."""
-    return re.sub(
-        r"(//[^/@:]*:)[^/]*@|([?&]password=)[^&]*", lambda it: f"{it[1]}{MASK}@" if it[1] else it[2] + MASK, text
-    )
 
 
 def is_loopback(host: str) -> bool:
@@ -291,89 +264,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Settings and, for each, where its value came from: `default`, the file's path, a variable or a flag."""
-
-    settings: Settings
-    origins: Mapping[str, str]
-
-
-def load(
-    flags: Mapping[str, object],
-    environ: Mapping[str, str],
-    file: Path | None = None,
-) -> Loaded:
-    """Merges the sources. Raises ConfigError with one line that names the first wrong name or value and its source."""
-    values: dict[str, object] = {}
-    origins = dict.fromkeys(Settings.model_fields, "default")
-    sources: list[tuple[Mapping[str, object], str]] = []
-    if file is not None:
-        sources.append((_read_toml(file), f"{file}: {{name}}"))
-    from_env = {
-        name.removeprefix(ENV_PREFIX).lower(): value for name, value in environ.items() if name.startswith(ENV_PREFIX)
-    }
-    sources.extend([(from_env, "{env}"), (flags, "{flag}")])
-    for source, label in sources:
-        for name, value in source.items():
-            origin = label.format(name=name, env=ENV_PREFIX + name.upper(), flag="--" + name.replace("_", "-"))
-            if name not in Settings.model_fields:
-                raise ConfigError(f"{origin}: there is no such setting; `aisse config` lists them")
-            if name == "log" and source is flags and has_password(str(value)):
-                raise ConfigError(f"{origin}: other users see a password here; put the URL into {ENV_PREFIX}LOG")
-            values[name] = value
-            origins[name] = origin
-    try:
-        return Loaded(Settings.model_validate(values), origins)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error, origins)) from None
-
-
-def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        name, _, message = message.partition(": ")
-    else:
-        name = str(first["loc"][0])
-    origin = origins[name]
-    return f"{name if origin == 'default' else origin}: {message}"
-
-
-def _read_toml(file: Path) -> dict[str, object]:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    # Windows' editors: what they call Unicode is UTF-16, and their UTF-8 may begin with a byte order mark.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise ConfigError(f"{file}: is not TOML: it seems to be UTF-16; save it as UTF-8")
-    try:
-        return tomllib.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{file}: is not TOML: line {line} is not UTF-8; save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: is not TOML: {error}") from None
-
-
-def shown(name: str, value: object) -> str:
-    """A value as a TOML file would hold it; secrets are masked."""
-    if name in SECRETS:
-        return MASK if value else '""'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, ByteSize):
-        for factor, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-            if value % factor == 0:
-                return f'"{value // factor}{unit}"'
-        return str(int(value))
-    if isinstance(value, tuple):
-        return "[" + ", ".join(shown(name, item) for item in value) + "]"
-    if isinstance(value, SecretStr):
-        value = without_password(value.get_secret_value())
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # a basic string of TOML, but for characters that no setting has
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -12,8 +12,9 @@ import aisse
 from aisse.commands import config, serve, simulate, unit
 from aisse.commands.flags import Parser
 from aisse.commands.output import EX_CONFIG, note
+from aisse.commands.sources import Loaded, load, variable
 from aisse.errors import ConfigError
-from aisse.settings import ENV_PREFIX, SECRETS, Loaded, load
+from aisse.settings import SECRETS
 
 if TYPE_CHECKING:
     import argparse
@@ -51,7 +52,7 @@ def _unknown(argument: str) -> str:
     flag = argument.partition("=")[0]
     name = flag.removeprefix("--").replace("-", "_")
     if name in SECRETS:
-        return f"{flag}: other users of this machine can read flags; set {ENV_PREFIX}{name.upper()} instead"
+        return f"{flag}: other users of this machine can read flags; set {variable(name)} instead"
     return (
         f"{flag}: there is no such flag; --help lists them" if flag.startswith("-") else "there is an argument too many"
     )

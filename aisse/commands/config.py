@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from aisse.commands import flags
 from aisse.commands.output import show
-from aisse.settings import MASK, Settings, load, shown
+from aisse.commands.sources import MASK, load, shown
+from aisse.settings import Settings
 from aisse.upstream.keys import key_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from aisse.settings import Loaded
+    from aisse.commands.sources import Loaded
 
 
 def add(new_parser: flags.NewParser, loaded: Loaded | None) -> None:

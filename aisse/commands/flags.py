@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aisse.commands.output import show
+from aisse.commands.sources import flag, shown, variable
 from aisse.errors import ConfigError
-from aisse.settings import ENV_PREFIX, SECRETS, Settings, shown
+from aisse.settings import SECRETS, Settings
 from aisse.upstream.keys import PROVIDER_KEYS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from aisse.settings import Loaded
+    from aisse.commands.sources import Loaded
 
 Command = Callable[[dict[str, Any], Path | None], None]
 """Runs a command: gets the flags that were given, by the names of their fields, and the file that --config names."""
@@ -40,10 +41,12 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings_command(new_parser: NewParser, name: str, text: str, command: Command, loaded: Loaded | None) -> None:
     """Adds a command that takes the settings. `loaded` is what --help shows; without it, --help shows the defaults."""
-    keys = ", ".join(variable for variable, _, _ in PROVIDER_KEYS)
+    example = variable("heartbeat_s")
+    secrets = ", ".join(map(variable, sorted(SECRETS)))
+    keys = ", ".join(key for key, _, _ in PROVIDER_KEYS)
     epilog = (
-        f"Each setting is also an environment variable ({ENV_PREFIX}HEARTBEAT_S) and a name in the TOML file. "
-        f"Secrets are no flags: {', '.join(ENV_PREFIX + secret.upper() for secret in sorted(SECRETS))}, "
+        f"Each setting is also an environment variable ({example}) and a name in the TOML file. "
+        f"Secrets are no flags: {secrets}, "
         f"{keys} (by environment, each sent to its own host alone), or the systemd credential upstream_key."
     )
     parser = new_parser(name, help=text, description=text, epilog=epilog)
@@ -61,10 +64,11 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], loaded: 
             now = f"{shown(name, getattr(loaded.settings, name))}, {loaded.origins[name]}"
         else:
             now = f"default: {'none' if field.default is None else shown(name, field.default)}"
-        flag = "--" + name.replace("_", "-")
-        help_text = f"{field.description} ({now})".replace("%", "%%")
+        options: dict[str, Any]
         if field.annotation is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
+            options = {"action": argparse.BooleanOptionalAction}
         else:
             unit = "SECONDS" if name.endswith("_s") else "BYTES" if name.endswith("_bytes") else name.upper()
-            parser.add_argument(flag, default=argparse.SUPPRESS, metavar=unit, help=help_text)
+            options = {"metavar": unit}
+        help_text = f"{field.description} ({now})".replace("%", "%%")
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help_text, **options)

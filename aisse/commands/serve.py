@@ -16,9 +16,10 @@ import aisse
 from aisse import app
 from aisse.commands import flags, loop
 from aisse.commands.output import LAST_LINES_S, STDERR, STDOUT
+from aisse.commands.sources import load
 from aisse.errors import ConfigError
 from aisse.service.systemd import Notifier, inherited_sockets
-from aisse.settings import Settings, is_loopback, load
+from aisse.settings import is_loopback
 from aisse.telemetry import log
 from aisse.telemetry.logwriter import LogWriter
 from aisse.upstream.keys import key_for
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from aisse.settings import Loaded
+    from aisse.commands.sources import Loaded
+    from aisse.settings import Settings
 
 # How long the last lines are waited for at a second signal, which is to end the process at once.
 _LAST_LINES_AT_ONCE_S = 0.2

@@ -11,6 +11,7 @@ import aisse
 from aisse.commands import loop
 from aisse.commands.flags import add_fields
 from aisse.commands.output import show
+from aisse.commands.sources import flag
 from aisse.errors import ConfigError
 from aisse.simulator import Script, Simulator
 from aisse.simulator.script import first_error
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aisse.commands.flags import NewParser
-    from aisse.settings import Loaded
+    from aisse.commands.sources import Loaded
 
 
 def add(new_parser: NewParser, _loaded: Loaded | None) -> None:
@@ -48,7 +49,7 @@ def _run(given: dict[str, Any], _file: Path | None) -> None:
         script = Script.model_validate(given)
     except ValidationError as error:
         name, _, message = first_error(error).partition(": ")
-        raise ConfigError(f"--{name.replace('_', '-')}: {message}") from None
+        raise ConfigError(f"{flag(name)}: {message}") from None
     loop.run(_simulate(script, host, port))
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import aisse
 from aisse.commands.output import note, show
+from aisse.commands.sources import ENV_PREFIX, load
 from aisse.deploy import units
-from aisse.settings import ENV_PREFIX, load
 
 if TYPE_CHECKING:
     from aisse.commands.flags import NewParser
-    from aisse.settings import Loaded
+    from aisse.commands.sources import Loaded
 
 
 def add(new_parser: NewParser, _loaded: Loaded | None) -> None:

@@ -17,7 +17,8 @@ import structlog
 import aisse
 from aisse.commands import cli, serve, simulate
 from aisse.commands.output import EX_CONFIG
-from aisse.settings import SECRETS, Settings, load
+from aisse.commands.sources import load
+from aisse.settings import SECRETS, Settings
 from aisse.simulator import Script
 
 if TYPE_CHECKING:
