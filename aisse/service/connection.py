@@ -1,7 +1,7 @@
-"""One client's connection: aiohttp's, but for what aiohttp would say by itself to what is no request.
+"""One client's connection. It is aiohttp's, except for what happens when a client sends something that is no request.
 
-It answers that as plain text that quotes what was sent, logs an error for each, and tells a handler that waits for a
-body nothing of what has broken it.
+aiohttp alone would answer that in plain text which quotes what was sent, and log an error for each. A handler that
+waits for a body would not be told that the body is broken.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SERVER = "aisse"
 """What the header `Server` says. It says no versions of libraries: those would help whoever looks for holes."""
 
-# Anybody can send thousands a second: they are counted, and told at most so often.
+# Anybody can send thousands of them a second. So they are counted, and logged no more often than this.
 _TELL_S = 60.0
 
 _log = structlog.get_logger("aisse.connection")
@@ -34,7 +34,7 @@ async def server_header(_request: web.Request, response: web.StreamResponse) -> 
 
 
 class Refusals:
-    """Logs the number of requests that are none: the first at once, those that follow a minute later in one line."""
+    """Logs how many requests were no HTTP: the first one at once, those after it in one line, a minute later."""
 
     def __init__(self) -> None:
         self._untold = 0
@@ -51,7 +51,7 @@ class Refusals:
         if self._untold:
             _log.info("requests refused that are no HTTP", requests=self._untold)
             self._untold = 0
-            # By a timer, and not when the next one comes: after a flood none may.
+            # A timer does it, and not the next refusal: after a flood there may be none.
             self._timer = asyncio.get_running_loop().call_later(_TELL_S, self._tell)
 
 
@@ -65,25 +65,25 @@ class Connection(web.RequestHandler):
         self._refusals = refusals
 
     def data_received(self, data: bytes) -> None:
-        """What the socket gave. A body that it breaks is broken for whoever reads it, at once."""
+        """Takes what the socket gave. If that breaks a body, whoever reads the body is told at once."""
         super().data_received(data)
         if not self._messages or isinstance(self._messages[-1][0], RawRequestMessage):
             return
-        # aiohttp drops the body without a word: its handler would wait for the rest of it.
+        # aiohttp drops such a body without a word, and its handler would wait for the rest of it.
         broken = [payload for _, payload in self._messages if not payload.is_eof()]
         if self._current_request is not None and not self._current_request.content.is_eof():
             broken.append(self._current_request.content)
         for payload in broken:
             payload.set_exception(web.RequestPayloadError("no chunk of a body"))
-            payload.feed_eof()  # or aiohttp would go on to read it away, and fail of that
+            payload.feed_eof()  # or aiohttp would try to read what is left of it, and fail
             self._refusals.add()
-            # One answer, to the request whose body it is, and then no other.
+            # The request whose body it is gets an answer. No other request on this connection does.
             self.close()
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Sends a response; in place of aiohttp's to an `Expect` that it does not know, which quotes that, ours."""
+        """Sends a response. aiohttp's own to an unknown `Expect` quotes that header, so ours takes its place."""
         if isinstance(resp, web.HTTPExpectationFailed):
             error = error_body("invalid_request_error", "nothing but 100-continue may be expected", "Expect")
             resp = web.json_response(error, status=resp.status)
@@ -96,11 +96,11 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Our answer to what is no request. Everything else ends within the application."""
+        """Makes our answer to what is no request. Every other error ends within the application."""
         if status != 400:
             return super().handle_error(request, status, exc, message)
         self._refusals.add()
-        request._version = HttpVersion11  # noqa: SLF001 - of what was not understood aiohttp takes HTTP/1.0 for it
+        request._version = HttpVersion11  # noqa: SLF001 - aiohttp takes what it did not understand for HTTP/1.0
         if isinstance(exc, LineTooLong):
             status, text = 431, "a line of the request's head is too long"
         else:
@@ -120,5 +120,5 @@ def connections(server: web.Server, options: dict[str, Any]) -> Callable[[], Con
     def connection() -> Connection:
         return Connection(refusals, server, loop=loop, **own)
 
-    connection()  # an option that aiohttp does not know stops the start, and not the first connection
+    connection()  # an option that aiohttp does not know has to stop the start, and not the first connection
     return connection

@@ -1,4 +1,4 @@
-"""The shutdown sequence: unready, no listener, every reader told, streams run to their end, the rest is ended.
+"""The shutdown, in its order: not ready, no listener, every reader told, streams waited for, the rest ended.
 
 Where the log is shared, readers are moved: they are told to come back elsewhere, and their connections are closed. This
 process goes on generating for them.
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
 
     Report = Callable[[int, int, float], None]
 
-# The process is to be gone two seconds after the deadline, and aiohttp needs one of them for its part: readers get this
-# to take their `end`, then they are cut off; those that have taken nothing for as long already are, at once.
+# The process has to be gone two seconds after the deadline, and aiohttp needs one of them for its part. Readers get so
+# long to take their `end`, and then they are cut off. Those that have taken nothing for so long already are cut off at
+# once.
 _LAST_BYTES_S = 0.5
 
-# How many readers are told before others get a turn: each makes its task run.
+# How many readers are told before other tasks get a turn. Each reader that is told makes its own task run.
 _BATCH = 50
 
-# Who connected just before the listener closed, or has just read an answer, has a request on its way: it is answered,
-# were it with 503. aiohttp's cleanup would close the connection over it. A little more than a packet takes round the
-# world.
+# A client that connected just before the listener closed, or that has just read an answer, may have a request on its
+# way. It gets an answer, even if that is a 503: aiohttp's cleanup would close the connection without one. This is a
+# little more than a packet takes round the world.
 _RACING_S = 0.3
 
 _REPORT_S = 1.0
 
-# How often it is looked who can be moved, and how long one that takes nothing is waited for before it is cut off.
+# How often the drain looks for readers that can be moved, and after how long it cuts off one that takes nothing.
 _MOVE_S = 0.1
 _STALLED_S = 3.0
 
@@ -45,7 +46,13 @@ _log = structlog.get_logger("aisse.drain")
 
 
 class Drain:
-    """Ends a server's streams without cutting off whoever can be waited for."""
+    """Ends a server's streams. It cuts off no reader that it can wait for.
+
+    - Every reader is told once, between two frames: test_every_reader_is_told_once_between_frames_and_reads_on.
+    - Every request that is on its way gets an answer: test_request_on_its_way_when_the_listener_closes_is_answered.
+    - It ends at the deadline: test_streams_that_run_at_the_deadline_end_as_shutdown_and_their_readers_get_it,
+      test_reader_that_takes_nothing_is_cut_off_after_the_deadline_and_not_ended.
+    """
 
     def __init__(self, settings: Settings, registry: Registry, farewell: Farewell) -> None:
         self._settings = settings
@@ -57,12 +64,12 @@ class Drain:
     async def run(
         self, close_listener: Callable[[], Awaitable[None]] | None = None, report: Report | None = None
     ) -> None:
-        """Returns when every stream has ended and every reader is gone: at the latest unready_s + drain_s + 1 s on.
+        """Returns when every stream has ended and every reader is gone: after `unready_s` + `drain_s` + 1 s at most.
 
-        Without `close_listener` connections are taken no more already: `unready_s` does not pass. `report` gets the
-        numbers of streams and readers that are left and the seconds until the deadline, once a second; without it they
-        are logged. Idempotent: whoever calls it again waits for the first. Cancelling it leaves streams running, for
-        `Registry.close` to end.
+        No `close_listener` means that no connections are taken any more; `unready_s` does not pass then. Once a second
+        `report` gets the numbers of streams and readers that are left and the seconds until the deadline; without it,
+        they are logged. Idempotent: a second call waits for the first one. Cancelling it leaves the streams running;
+        `Registry.close` has to end them.
         """
         async with self._lock:
             if not self._done:
@@ -106,15 +113,15 @@ class Drain:
             await registry.idle(_LAST_BYTES_S)
 
     async def _move(self) -> None:
-        """Moves readers until it is cancelled: those that were told, each once it has had the time to hear it."""
+        """Moves the readers that were told, each after it has had the time to hear it. Runs until it is cancelled."""
         while True:
             await asyncio.sleep(_MOVE_S)
             if not self._registry.hands_over:
-                continue  # here alone can they go on meanwhile
+                continue  # for now their streams are nowhere else
             now = asyncio.get_running_loop().time()
             for count, reader in enumerate(self._registry.attached(), 1):
                 if reader.stalled_for(now) >= _STALLED_S:
-                    reader.evict()  # what it was to be told may wait behind what it does not take
+                    reader.evict()  # what it was told may wait behind bytes that it does not take
                 elif reader.told_for(now) >= BREAK_OFF_S:
                     reader.part()
                 if count % _BATCH == 0:

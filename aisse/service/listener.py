@@ -1,4 +1,4 @@
-"""The listening sockets: our own or a supervisor's, and how they are closed without losing who has just connected."""
+"""The listening sockets, our own or a supervisor's, and how they close without losing clients that just connected."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from aisse.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# Connections that wait to be accepted. aiohttp's 128 is refused away by one burst of reconnecting readers.
+# How many connections may wait to be accepted. With aiohttp's 128, one burst of readers that come back is refused.
 _BACKLOG = 4096
 
 
 class Listener:
-    """Hands new connections to `factory`'s protocols, from `open` to `close`."""
+    """Hands new connections to `factory`'s protocols, from `open` to `close`.
+
+    Whoever has connected before the close is served:
+    test_everybody_who_has_connected_is_answered_when_the_listener_closes.
+    """
 
     def __init__(
         self, factory: Callable[[], asyncio.BaseProtocol], servers: Sequence[asyncio.Server], *, ours: bool
@@ -56,18 +60,18 @@ class Listener:
     async def close(self) -> None:
         """Takes no further connections. Idempotent.
 
-        Of our own sockets, those that the kernel has made are accepted first: closing would reset them, and a proxy
-        that has sent its POST by then cannot ask again. The loop accepts only one at a time, between all other work.
-        An inherited socket stays open for whoever holds it, with what waits in it.
+        Connections that wait in a socket of ours are accepted first. Closing the socket would reset them, and a proxy
+        that has sent its POST by then cannot ask again. The loop would accept them only one at a time, between all
+        other work. An inherited socket stays open for whoever holds it, and so do the connections that wait in it.
         """
         accepted: list[socket.socket] = []
         for server in self._servers:
             if self._ours:
                 for sock in server.sockets:
-                    # What the loop shows is no socket that can accept; the descriptor is.
+                    # The loop shows an object that cannot accept. A socket made of its descriptor can.
                     with socket.socket(fileno=os.dup(sock.fileno())) as waiting:
                         accepted += _accept_all(waiting)
-            # In the same step, so that hardly anybody comes in between.
+            # In the same step of the loop, so that hardly anybody connects in between.
             server.close()
         self._servers = ()
         loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
-"""What systemd and a service of it say to each other: sd_notify(3) and sd_listen_fds(3), without its library.
+"""What systemd and its service say to each other: sd_notify(3) and sd_listen_fds(3), without systemd's library.
 
-Whoever has the environment passes it in. The variables are taken out of it: they are meant for this process, and a
-child that inherited them would speak for it.
+The caller passes the environment in, and systemd's variables are taken out of it. They are meant for this process: a
+child that inherited them would speak in its name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _STATUS_S = 1.0
 class Notifier:
     """Tells the supervisor how the service is, each call in one datagram.
 
-    Every method does nothing where there is no supervisor, never blocks and never raises: a supervisor that is gone
-    or busy must not harm the service. `alive_every_s` is how often `alive` has to be called, half of the watchdog's
-    time, or None where there is no watchdog.
+    Where there is no supervisor, no method does anything. None ever blocks or raises: a supervisor that is gone or busy
+    must not harm the service (test_full_queue_never_blocks_and_only_delays_what_has_to_arrive,
+    test_supervisor_that_went_away_harms_nobody). `alive_every_s` is how often `alive` has to be called, half of the
+    watchdog's time, or None where there is no watchdog.
     """
 
     alive_every_s: float | None
@@ -40,7 +41,7 @@ class Notifier:
         self.alive_every_s = alive_every_s
         self._address = address
         self._socket: socket.socket | None = None
-        # What has to arrive and found the supervisor's queue full; it goes ahead of whatever is said next.
+        # What has to arrive, but found the supervisor's queue full. It is sent ahead of what is said next.
         self._unsent: list[str] = []
         if address is not None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -74,7 +75,7 @@ class Notifier:
         self._send("STATUS=" + " ".join(text.split()))
 
     def alive(self) -> None:
-        """The event loop runs. Without it for twice `alive_every_s`, the process is ended and started again."""
+        """The event loop runs. systemd restarts a process that has not said so for twice `alive_every_s`."""
         self._send("WATCHDOG=1")
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
 """What operators see of a process that runs: its log, and how fast it goes.
 
-It imports nothing of aisse's. Whoever counts or logs is given the part by its constructor; the log alone is the
-process's.
+It imports nothing else of aisse. Whoever counts is given the counting part by its constructor. Only the log belongs to
+the whole process. Begin with `log`.
 """

@@ -1,9 +1,10 @@
 """Logging: structlog for ourselves and for the libraries below us, JSON or console, to standard error.
 
-An exception is logged as its type and where it was raised, never with its message: messages of libraries quote
-what they were given (a request line with its query, a body that did not parse).
+An exception is logged as its type and the place where it was raised, never with its message: messages of libraries
+quote what they were given (a request line with its query, a body that did not parse).
 
-A line is rendered where it is said: what it names may have changed a moment later, and a buffer of bytes has a bound.
+A line is rendered at once, before it waits for its turn to be written. The objects in it may change a moment later, and
+only a buffer of bytes has a bound.
 """
 
 from __future__ import annotations
@@ -32,48 +33,48 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("aisse.log")
 
 CLEAR_LINE = "\r\x1b[2K"
-"""To the beginning of a terminal's line, and nothing on it (ECMA-48, EL)."""
+"""Moves a terminal's cursor to the beginning of the line, and clears the line (ECMA-48, EL)."""
 
 
 def configure(log_format: Literal["auto", "json", "console"], level: str, write: Write | None = None) -> None:
     """Sets logging up for the whole process. Safe to call again.
 
-    `write` gets each line as bytes, its end included; it must neither wait nor raise. Without it lines go to standard
-    error at once, which waits for whoever reads that.
+    `write` gets each line as bytes, its end included; it must neither wait nor raise. Without it, lines go to standard
+    error directly, and every caller waits for whoever reads that.
     """
     render = _renderer(log_format)
-    write = write or _write_now
-    number = logging.getLevelNamesMapping()[level.upper()]
+    write = write or _to_standard_error
+    least = logging.getLevelNamesMapping()[level.upper()]
 
-    def say(logger: WrappedLogger, method: str, event: EventDict) -> NoReturn:
-        _write_event(event, method, logger.name)
+    def our_line(logger: WrappedLogger, method: str, event: EventDict) -> NoReturn:
+        write_line(event, method, logger.name)
         raise structlog.DropEvent
 
-    def _write_event(event: EventDict, level: str, logger: str) -> None:
+    def write_line(event: EventDict, level: str, logger: str) -> None:
         try:
             line = render(event, level, logger)
         except Exception as error:
-            # Of what cannot be rendered not even the text is safe to quote; and whoever logs must not fail of it.
+            # Not even the text of such a line is safe to quote. And whoever logs must not fail because of it.
             line = render({"event": "log line cannot be rendered", "exc_info": error}, "error", logger)
         write(line)
 
     structlog.configure(
-        processors=[say],
+        processors=[our_line],
         context_class=dict,
-        logger_factory=_Name,
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=_Logger,
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         cache_logger_on_first_use=False,
     )
-    # What logging prints about a line that it could not write quotes the line's arguments.
+    # Otherwise logging would report a line that it could not write, and quote the arguments of that line.
     logging.raiseExceptions = False
     root = logging.getLogger()
-    root.handlers[:] = [_Handler(_write_event)]
-    root.setLevel(number)
+    root.handlers[:] = [_LibraryLines(write_line)]
+    root.setLevel(least)
     logging.captureWarnings(True)
 
 
 def dropped_line(log_format: Literal["auto", "json", "console"]) -> Callable[[int], bytes]:
-    """What makes of a number of lines the one that says that they were dropped."""
+    """Gives what makes the line which says how many lines were dropped."""
     render = _renderer(log_format)
     return lambda lines: render(
         {"event": "log lines were dropped: nobody read them, or there was no room", "lines": lines},
@@ -93,8 +94,8 @@ def thread_failed(args: threading.ExceptHookArgs) -> None:
         _log.error("thread failed", exc_info=args.exc_value)
 
 
-class _Name:
-    """All that a logger of ours needs to have: what it says is written before it would be called."""
+class _Logger:
+    """What structlog wraps. It needs a name and nothing more: a line is written before this would be called."""
 
     __slots__ = ("name",)
 
@@ -102,21 +103,21 @@ class _Name:
         self.name = name
 
 
-class _Handler(logging.Handler):
-    """Library lines are logged as their template: the arguments may be a path with its query, or a body."""
+class _LibraryLines(logging.Handler):
+    """Logs what libraries say as its template alone: the arguments may be a path with its query, or a body."""
 
-    def __init__(self, write_event: Callable[[EventDict, str, str], None]) -> None:
+    def __init__(self, write_line: Callable[[EventDict, str, str], None]) -> None:
         super().__init__()
-        self._write_event = write_event
+        self._write_line = write_line
 
     def emit(self, record: logging.LogRecord) -> None:
         event: EventDict = {"event": _template(record.name, str(record.msg))}
         if record.exc_info:
             event["exc_info"] = record.exc_info
-        self._write_event(event, record.levelname.lower(), record.name)
+        self._write_line(event, record.levelname.lower(), record.name)
 
 
-def _write_now(line: bytes) -> None:
+def _to_standard_error(line: bytes) -> None:
     try:
         sys.stderr.write(line.decode())
         sys.stderr.flush()
@@ -127,7 +128,7 @@ def _write_now(line: bytes) -> None:
 def _renderer(log_format: Literal["auto", "json", "console"]) -> Render:
     terminal = sys.stderr.isatty()
     if log_format == "json" or (log_format == "auto" and not terminal):
-        # Non-ASCII is escaped: some of it ends lines for some readers, and some of it means something to terminals.
+        # Non-ASCII is escaped. Some characters end a line for some readers of logs, and some are commands to terminals.
         encode = json.JSONEncoder(default=repr).encode
 
         def as_json(event: EventDict, level: str, logger: str) -> bytes:
@@ -136,7 +137,7 @@ def _renderer(log_format: Literal["auto", "json", "console"]) -> Render:
         return as_json
 
     pretty = structlog.dev.ConsoleRenderer(colors=terminal)
-    # A drain's progress stands on the terminal's last line without an end; it is written again in a second.
+    # A drain's progress stands in the terminal's last line, without a line end. It comes again within a second.
     ahead = CLEAR_LINE if terminal else ""
 
     def for_people(event: EventDict, level: str, logger: str) -> bytes:
@@ -157,12 +158,12 @@ def _completed(event: EventDict, level: str, logger: str) -> EventDict:
 
 def _template(logger: str, text: str) -> str:
     if logger == "asyncio":
-        # The first line is the cause, the rest quotes objects; a callback is quoted with its arguments at once.
+        # The first line is the cause, and the rest quotes objects. A callback is quoted with its arguments even there.
         text = text.partition("\n")[0]
         callback = re.match(r"(Exception in callback )(?:<[a-z -]+ )?([\w.]*)", text)
         return callback[1] + callback[2] if callback else text
     if logger == "py.warnings":
-        # "file:line: category: message": pydantic's, for one, quote the value that they warn of.
+        # "file:line: category: message". The messages of pydantic, for one, quote the value that they warn of.
         return ": ".join(text.split(": ", 2)[:2])
     return text
 

@@ -1,7 +1,7 @@
 """Lines for a descriptor that may take none: a pipe that nobody reads, a stopped terminal, a full disk.
 
-One thread writes them from a queue that is bounded in bytes, so that whoever has something to say never waits. What
-does not fit is dropped and counted.
+One thread writes them from a queue that is bounded in bytes, so that whoever logs never waits. What does not fit is
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 # PIPE_BUF on Linux: up to here a write to a pipe is never mixed with what other processes write there (pipe(7)).
 _ATOMIC_BYTES = 4096
 
-# After a write the next lines are gathered for so long: waking the thread for each costs more than to write it.
+# After a write, lines are gathered for so long. To wake the thread for each line would cost more than the write.
 _GATHER_S = 0.005
 
-# A descriptor that polls as writable and then takes nothing is asked again after this.
+# A descriptor that polls as writable and then takes nothing is tried again after this.
 _AGAIN_S = 0.01
 
-# What stands in the queue where lines are missing, and at its end.
+# These stand in the queue where lines are missing, and at its end.
 _GAP: Final = b""
 _END: Final = None
 
@@ -33,17 +33,22 @@ _END: Final = None
 class LogWriter:
     """Writes lines to `descriptor`, which it never closes, in the order in which they were put.
 
-    At most `buffer_bytes` wait. Past that, lines are dropped until all that waits is written: `dropped_line` makes of
-    their number the line that then stands in their place. A write that fails (the reader is gone, the disk is full)
-    drops its lines likewise, and the next one is tried as if nothing had happened. A line is whole or missing, also
-    where other processes write to the same pipe, if it is no longer than 4 KiB.
+    - At most `buffer_bytes` wait. Past that, lines are dropped until everything that waits is written:
+      test_pipe_that_nobody_reads_costs_the_lines_past_the_bound_and_nothing_else.
+    - `dropped_line` gets the number of dropped lines and makes the line that stands in their place:
+      test_lines_after_a_gap_follow_its_number.
+    - A write that fails (the reader is gone, the disk is full) drops its lines in the same way, and the next write is
+      tried as if nothing had happened: test_full_disk_costs_lines_until_there_is_room_again.
+    - A line of up to 4 KiB is written whole or not at all, even where other processes write to the same pipe:
+      test_lines_of_two_writers_of_one_pipe_are_not_mixed.
+    - Every line is written or counted: test_threads_put_at_once_and_every_line_is_written_or_counted.
     """
 
     def __init__(self, descriptor: int, buffer_bytes: int, dropped_line: Callable[[int], bytes] | None = None) -> None:
         self._descriptor = descriptor
         self._limit = buffer_bytes
         self._dropped_line = dropped_line
-        # Both can be entered again by a destructor that logs while they are held, wherever the collector runs it.
+        # Both can be entered again by the thread that is in them: the garbage collector may run a destructor that logs.
         self._lock = threading.RLock()
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._pending = 0  # bytes that are queued or being written
@@ -52,7 +57,7 @@ class LogWriter:
         self._gap = False  # one is in the queue, at its end
         self._closing = threading.Event()
         # The thread's own.
-        self._untold = 0  # lines that are lost, and `dropped_line` has not said it
+        self._untold = 0  # lines that are lost and that no `dropped_line` has told of yet
         self._torn = False  # the last write ended within a line
         # A daemon: at exit nobody waits for a write that never returns.
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -69,7 +74,7 @@ class LogWriter:
         return self._pending == 0
 
     def put(self, line: bytes) -> None:
-        """Has a line written, which brings its line end. Never waits and never raises; safe from every thread."""
+        """Queues a line, its line end included. Never waits and never raises; safe from every thread."""
         size = len(line)
         with self._lock:
             if self._gap or self._pending + size > self._limit or self._closing.is_set():
@@ -83,7 +88,7 @@ class LogWriter:
                 self._queue.put(line)
 
     def close(self, timeout_s: float) -> bool:
-        """Waits until all is written, `timeout_s` at most; False where it is not. What is put later is dropped."""
+        """Waits until everything is written, `timeout_s` at most; False if it is not. What is put later is dropped."""
         with self._lock:
             if not self._closing.is_set():
                 self._closing.set()
@@ -94,7 +99,7 @@ class LogWriter:
     def _run(self) -> None:
         while True:
             lines = [self._queue.get()]
-            # No more than there are now, whoever goes on putting.
+            # No more than there are now, however many more come meanwhile.
             lines += [self._queue.get() for _ in range(self._queue.qsize())]
             for group in _groups(lines):
                 if group is _END:
@@ -128,7 +133,7 @@ class LogWriter:
             try:
                 done += os.write(self._descriptor, data[done:])
             except BlockingIOError:
-                # Whoever shares the descriptor made it so (Node does); here it is a wait like any other.
+                # A process that shares the descriptor made it non-blocking (Node does). It is waited for all the same.
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()

@@ -1,4 +1,4 @@
-"""How fast something counts, over the last seconds."""
+"""How fast a count grows, over the last seconds."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections import deque
 
 
 class Rate:
-    """Of a count that is looked at once a second."""
+    """The rate of a count, which somebody has to sample once a second, over the last `span_s` seconds."""
 
     def __init__(self, span_s: int) -> None:
         self._samples: deque[tuple[float, int]] = deque(maxlen=span_s + 1)
 
     def sample(self, now: float, count: int) -> None:
-        """Notes what the count is."""
+        """Notes the count. `now` is the time in seconds, of any clock that never goes back."""
         self._samples.append((now, count))
 
     @property
     def per_s(self) -> float:
-        """Over the span, or what of it has passed; 0 before there is any."""
+        """The growth a second over the span, or over the part of it that has passed; 0 before the second sample."""
         if len(self._samples) < 2:
             return 0.0
         (begun, before), (ended, after) = self._samples[0], self._samples[-1]
