@@ -1,10 +1,11 @@
-"""The body of an upstream's response, given out in the step of the event loop in which its socket gave it.
+"""The body of an upstream's response, given out in the same step of the event loop in which the socket gave it.
 
-aiohttp reads a body through a StreamReader: per chunk a future, a wake-up, a task switch and a second look at its
-parser, which together cost more than all that the relay does with the chunk. So a Body stands between the socket and
-aiohttp's protocol: the head passes through to aiohttp, which owns requests, connections and errors; of a chunked event
-stream the chunks are taken off here (RFC 9112, section 7.1), and aiohttp is given only the end, so that it has its
-connection back. Every other body goes through aiohttp's parser, and from there to the same listener.
+aiohttp reads a body through a StreamReader. For each chunk that takes a future, a wake-up, a task switch and a second
+look at its parser, which together cost more than all that the relay does with the chunk. So a Body stands between the
+socket and aiohttp's protocol. The head passes through to aiohttp, which owns requests, connections and errors. If the
+response is a chunked event stream, the chunks are taken off here (RFC 9112, section 7.1), and aiohttp gets only the
+end, so that it has its connection back. Every other body goes through aiohttp's parser, and from there to the same
+listener.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CHUNKED = re.compile(rb"\r?\ntransfer-encoding:[ \t]*chunked[ \t]*\r?\n", re.IG
 _FRAMED = re.compile(rb"\r?\n(?:content-length:|transfer-encoding:[^\r\n]*chunked)", re.IGNORECASE)
 _CODED = re.compile(rb"\r?\ncontent-encoding:(?![ \t]*identity[ \t]*\r?\n)", re.IGNORECASE)
 
-# Eight digits hold any chunk that fits into memory. An extension (after the semicolon) has no meaning for us.
+# Eight digits are enough for any chunk that fits into memory. An extension (after the semicolon) means nothing to us.
 _SIZE_LINE = re.compile(rb"0*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 _SIZE_LINE_BYTES = 4 << 10
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -46,15 +47,24 @@ class _State(enum.Enum):
     TRAILER = enum.auto()  # after the last chunk
 
 
-# Looking a member up in its enum takes longer than anything else that is done for a chunk.
+# To look a member up in its enum would take longer than anything else that is done for a chunk.
 _HEAD, _PLAIN, _SIZE, _DATA, _DATA_END, _TRAILER = _State
 
 
 class Body(asyncio.Protocol):
-    """Takes a connection's place in front of aiohttp's protocol until the body has ended.
+    """Stands in front of aiohttp's protocol, as the connection's protocol, until the body has ended.
 
-    Made before the response's first byte is read. `size` counts the bytes given out; `begun` says that a byte of the
-    response has come, an interim one's included; `ended` that no more will, and `whole` that none is missing.
+    It is made before the first byte of the response is read. `size` counts the bytes that were given out. `begun` says
+    that a byte of the response has come (one of an interim response counts), `ended` that no more will come, and
+    `whole` that none is missing.
+
+    - How the bytes are cut makes no difference: test_any_spelling_in_any_cut_is_what_a_plain_dechunker_says.
+    - A body that was damaged is never whole: test_any_damage_in_any_cut_is_what_a_plain_dechunker_says,
+      test_body_is_whole_where_its_framing_says_so_and_nothing_else.
+    - After its end it touches the connection no more, which may be another response's by then:
+      test_late_end_of_one_body_leaves_the_next_ones_in_place.
+    - While it is paused, the rest stays in the kernel: test_paused_body_leaves_bytes_in_the_kernel_until_resumed,
+      test_reading_ahead_of_a_pause_is_bounded_over_tls.
     """
 
     __slots__ = (
@@ -84,7 +94,7 @@ class Body(asyncio.Protocol):
         self.ended = False
         self.whole = False
         self._transport: asyncio.Transport = transport
-        # Over TLS, pausing stops what is given to us; this bounds what is read ahead of that.
+        # Over TLS, a pause only stops what is given to us. This bounds what is read ahead of that.
         set_limits = getattr(transport, "set_read_buffer_limits", None)
         if set_limits is not None:
             set_limits(high=_TLS_READ_BYTES)
@@ -92,7 +102,7 @@ class Body(asyncio.Protocol):
         self._state = _HEAD
         self._rest = b""  # not yet understood: part of a head, a line or a line end
         self._left = 0  # bytes that the chunk still has
-        self._until_close = False  # the end of the connection is that of the body (RFC 9112, section 6.3)
+        self._until_close = False  # the body ends where the connection does (RFC 9112, section 6.3)
         self._reset = False
         self._early: list[bytes] = []  # given out before anybody listened
         self._content: aiohttp.StreamReader | None = None
@@ -120,7 +130,7 @@ class Body(asyncio.Protocol):
             on_end()
 
     def pause(self) -> None:
-        """Stops reading the socket: what the upstream sends stays in the kernel, and then with the upstream."""
+        """Stops reading the socket. What the upstream sends stays in the kernel, and then with the upstream."""
         if not self.ended:
             self._transport.pause_reading()
 
@@ -132,7 +142,8 @@ class Body(asyncio.Protocol):
     def abort(self) -> None:
         """Cuts the connection at once, unless the body has ended.
 
-        Closing it would wait: for the upstream to take what is left of the request, and over TLS for its goodbye.
+        To close it would mean to wait: for the upstream to take what is left of the request, and over TLS for its
+        goodbye.
         """
         if not self.ended and self._transport.get_protocol() is self:
             self._transport.abort()
@@ -140,10 +151,10 @@ class Body(asyncio.Protocol):
     # --- asyncio.Protocol -------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """What the socket gave. The loop would close the connection over an exception, so none leaves `listen`'s."""
+        """Takes what the socket gave. It must not raise: the loop would close the connection."""
         state = self._state
         if state is _SIZE and not self._rest and self._on_data is not None:
-            # One whole chunk at a time is what an upstream that writes event by event sends.
+            # An upstream that writes event by event sends one whole chunk at a time.
             start = data.find(b"\r\n", 1, 9) + 2
             digits = data[: start - 2]
             if data.endswith(b"\r\n") and not digits.translate(None, _HEX_DIGITS):
@@ -161,7 +172,7 @@ class Body(asyncio.Protocol):
             self._read_chunks(data)
 
     def eof_received(self) -> None:
-        """The upstream sends no more, and gets no more: the loop closes the connection."""
+        """The upstream sends no more. The loop closes the connection, so the upstream gets no more either."""
         self._protocol.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -171,7 +182,7 @@ class Body(asyncio.Protocol):
         if self._state is _PLAIN:
             self._hand_out_plain()
             if self._content is None:
-                return  # what has come is aiohttp's until somebody listens
+                return  # aiohttp keeps what has come until somebody listens
         self._end()
 
     def pause_writing(self) -> None:
@@ -191,7 +202,7 @@ class Body(asyncio.Protocol):
         while True:
             end = _HEAD_END.search(data)
             if not data.startswith(b"HTTP/1."[: len(data)]) or (end is None and len(data) > _HEAD_BYTES):
-                break  # aiohttp will say what is wrong with it
+                break  # aiohttp will say what is wrong with this
             if end is None:
                 self._rest = data
                 return
@@ -227,16 +238,16 @@ class Body(asyncio.Protocol):
         try:
             data = content.read_nowait()
         except (aiohttp.ClientError, OSError):
-            # A reset makes it raise before it hands out what had arrived.
+            # After a reset it raises before it gives out the bytes that had arrived.
             broken = True
-            data = content._read_nowait(-1)  # noqa: SLF001 - there is no public way to these bytes; a test pins it
+            data = content._read_nowait(-1)  # noqa: SLF001 - no public method gives these bytes; a test pins this one
         if not broken and not content.at_eof():
             self._hand_out(data)
             return
-        # At the end aiohttp has the connection back already: what the last piece leads to must not touch it.
+        # At the end aiohttp already has the connection back. What the last piece leads to must not touch it.
         on_end, self._on_end = self._on_end, None
-        # aiohttp takes a connection that was reset for one that was closed, and its body for whole. Over TLS an end
-        # without a close_notify counts as a clean one, since uvloop does not tell: many servers end so.
+        # aiohttp takes a connection that was reset for one that was closed, and its body for whole. Over TLS, an end
+        # without a close_notify counts as clean: uvloop does not tell, and many servers end so.
         self._end(whole=not broken and not (self._until_close and self._reset))
         self._hand_out(data)
         if on_end is not None:
@@ -293,14 +304,14 @@ class Body(asyncio.Protocol):
             self._hand_out(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _give_back(self, rest: bytes) -> None:
-        """The body is whole: aiohttp takes its connection back into the pool, or closes it over what follows."""
+        """The body is whole. aiohttp takes its connection back into the pool, or closes it if more bytes follow."""
         self._transport.set_protocol(self._protocol)
         self._protocol.data_received(_LAST_CHUNK + rest)
         self._cut_if_unsent()
         self._end(whole=True)
 
     def _break(self, pieces: list[bytes]) -> None:
-        """The chunks make no sense: nothing that follows can be trusted."""
+        """The chunks make no sense, and nothing that follows can be trusted."""
         self._hand_out(b"".join(pieces))
         self._transport.abort()
         self._end()
@@ -317,7 +328,7 @@ class Body(asyncio.Protocol):
             self._early.append(data)
 
     def _cut_if_unsent(self) -> None:
-        """An upstream that answers without reading its question may never read it, and to close waits for that."""
+        """Cuts the connection if part of the question is unsent. A close would wait for the upstream to read it."""
         if self._transport.get_write_buffer_size():
             self._transport.abort()
 
@@ -326,7 +337,7 @@ class Body(asyncio.Protocol):
             return
         self.ended = True
         self.whole = whole
-        # By now the connection may be another response's, with a Body of its own.
+        # By now the connection may belong to another response, with a Body of its own.
         if self._transport.get_protocol() is self:
             self._transport.set_protocol(self._protocol)
             self._cut_if_unsent()

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from aisse.upstream.question import Question
 
 
-# An error's body is read no further than this, and no longer than that.
+# So much of an error's body is read at most, and for so long.
 _ERROR_BODY_BYTES = 16 << 10
 _ERROR_BODY_S = 5.0
 
-# Idle connections are kept for less than the 5 s after which uvicorn and Node close theirs, so that most are closed by
-# us and not in the moment in which a question leaves. Looking at the connection and asking again are for the rest (2 s
-# of gunicorn, a balancer that restarts): to keep them shorter would cost a quiet server a TLS handshake a question.
+# uvicorn and Node close idle connections after 5 s. Ours are kept for less, so that most are closed by us, and not by
+# the upstream in the moment in which a question leaves. For the rest (gunicorn closes after 2 s, a balancer restarts)
+# the connection is looked at, and the question is asked again. A shorter time would cost a quiet server a TLS handshake
+# for each question.
 _IDLE_S = 4.0
 
 
@@ -52,13 +53,13 @@ class Upstream:
         self._fresh: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
         if settings.proxy_from_env and not urllib.request.proxy_bypass(self._url.host or ""):
-            # Not by aiohttp's trust_env, which would send what ~/.netrc has for the host, too.
+            # Not by aiohttp's trust_env: that would also send what ~/.netrc has for the host.
             self._proxy = urllib.request.getproxies().get(self._url.scheme)
 
     async def start(self) -> None:
         """Opens the sessions; nothing is sent yet."""
         self._session = self._open_session(keepalive_timeout=_IDLE_S)
-        # What is asked again must not meet another connection that is about to close.
+        # A question that is asked again must not meet another connection that is about to close.
         self._fresh = self._open_session(force_close=True)
 
     def _open_session(self, **options: Any) -> aiohttp.ClientSession:
@@ -78,7 +79,7 @@ class Upstream:
             # Every other limit is the registry's sweep: a timer per read would cost more than the read.
             timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_s),
             read_bufsize=16 << 10,
-            # aiohttp fails at the head where it lacks a coding's library, and then nobody knows why.
+            # aiohttp would fail at the head if it lacks a coding's library, and nobody would know why.
             auto_decompress=False,
             request_class=Request,
             response_class=UpstreamResponse,
@@ -126,7 +127,7 @@ class Upstream:
             if not sending.met_a_close():
                 raise
         else:
-            # What some servers say as they close an idle connection, RFC 9110, section 15.5.9: no request has come.
+            # Some servers say 408 as they close an idle connection: no request has come (RFC 9110, section 15.5.9).
             if not (response.status == 408 and sending.met_a_close()):
                 return response
             response.close()
@@ -170,7 +171,7 @@ class Upstream:
     def _socket(self, address: tuple[Any, ...]) -> socket.socket:
         family, kind, proto, _, _ = address
         sock = socket.socket(family, kind, proto)
-        # Small, so that an upstream feels a slow reader after kilobytes instead of megabytes.
+        # Small, so that a slow reader holds the upstream back after kilobytes instead of megabytes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._settings.receive_buffer_bytes)
         return sock
 
@@ -180,7 +181,7 @@ def _coding(response: aiohttp.ClientResponse) -> str:
 
 
 async def _error_body(response: aiohttp.ClientResponse) -> bytes:
-    """What an error says, as far as it comes soon and is short; empty where it cannot be read."""
+    """The beginning of an error's body, as far as it comes soon; empty where it cannot be read."""
     payload = b""
     try:
         async with asyncio.timeout(_ERROR_BODY_S):
@@ -201,5 +202,5 @@ async def _error_body(response: aiohttp.ClientResponse) -> bytes:
             return b""
 
 
-# RFC 9110, section 8.4.1, and what has been registered since: these words may go into the log.
+# The codings of RFC 9110, section 8.4.1, and those registered since. These words may go into the log.
 _CODINGS = frozenset({"br", "compress", "deflate", "gzip", "x-gzip", "x-compress", "zstd", "dcb", "dcz"})

@@ -21,16 +21,21 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
-# A request that got no answer within this, on a connection that had been idle, met the close of it: what the upstream
-# would have read of it before closing, it would have answered. Later it may have been generated, and billed.
+# A request on a reused connection that fails this soon after it was sent met the connection's close: an upstream that
+# had read the request would have answered it. A request that fails later may have been generated, and billed.
 _CLOSING_S = 1.0
 
-# Of no more than this, what was written is with the kernel as good as at once.
+# When no more than this is written, the kernel as good as always has it at once.
 _AT_ONCE_BYTES = 64 << 10
 
 
 class Sending(Pieces):
-    """A question on its way, and what becomes of it: whether it may be sent again."""
+    """A question on its way, and whether it may be sent again.
+
+    It may if it met the close of an idle connection. It may not on any doubt, since it would be billed twice:
+    test_question_on_a_fresh_connection_is_never_asked_again, test_question_that_waited_too_long_is_not_asked_again,
+    test_question_that_got_a_byte_of_an_answer_is_not_asked_again.
+    """
 
     def __init__(self, question: Question) -> None:
         super().__init__(question.pieces)
@@ -38,16 +43,16 @@ class Sending(Pieces):
         self.reused = False
         """Whether its connection had carried an answer before."""
         self.answered = False
-        """Whether a byte of an answer has come, an interim one's included: the upstream has read the request then."""
+        """Whether a byte of an answer has come, or of an interim one. If so, the upstream has read the request."""
 
     def met_a_close(self) -> bool:
-        """Whether an idle connection closed before the request had got through, now that it has failed."""
+        """Whether the request, which has failed, met the close of an idle connection."""
         if not self.reused or self.answered:
             return False
         return self._sent is None or asyncio.get_running_loop().time() - self._sent <= _CLOSING_S
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        """Writes it to the connection, and notes when it has left."""
+        """Writes the question to the connection, and notes when it has left."""
         await super().write(writer)
         assert self._size is not None
         if self._size > _AT_ONCE_BYTES:
@@ -60,7 +65,7 @@ async def _written(writer: AbstractStreamWriter) -> None:
     transport = writer.transport
     if transport is None:
         return
-    # Not 0: over TLS a connection with nothing to write would count as full.
+    # Not 0: over TLS, a connection with nothing to write would count as full.
     transport.set_write_buffer_limits(high=1, low=0)
     try:
         await writer.drain()
@@ -69,12 +74,12 @@ async def _written(writer: AbstractStreamWriter) -> None:
 
 
 class Request(aiohttp.ClientRequest):
-    """A request whose body knows what connection it goes out on."""
+    """A request that tells its body whether its connection is fresh."""
 
     fresh = False
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Begins to send it."""
+        """Begins to send the request."""
         sending = self.body
         assert isinstance(sending, Sending)
         sending.reused = not self.fresh
@@ -85,7 +90,7 @@ class Request(aiohttp.ClientRequest):
 
 
 class Connector(aiohttp.TCPConnector):
-    """Connections that are looked at before they are used again, and requests that know whether theirs is fresh."""
+    """Looks at a connection before it is used again, and tells requests whether theirs is fresh."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -97,7 +102,7 @@ class Connector(aiohttp.TCPConnector):
         traces: list[Any],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's
     ) -> Connection:
-        """A connection that is open as far as this machine knows now."""
+        """Gives a connection that is open, as far as this machine knows by now."""
         while True:
             connection = await super().connect(req, traces, timeout)
             if getattr(req, "fresh", True) or self._is_idle(connection.protocol):
@@ -115,13 +120,13 @@ class Connector(aiohttp.TCPConnector):
         return await super()._create_connection(req, traces, timeout)
 
     def _is_idle(self, protocol: ResponseHandler | None) -> bool:
-        """Whether nothing has come: to a connection without a question, that is its end, or an answer to none."""
+        """Whether nothing has come. What comes while no question is asked is the end, or an answer to none."""
         if protocol is None or protocol.transport is None or protocol.should_close:
             return False
         descriptor = protocol.transport.get_extra_info("socket").fileno()
         if descriptor < 0:
             return False
-        # The loop has not looked since it last slept, and has had a hundred questions to see to meanwhile.
+        # The loop has not looked since it last slept, and may have handled a hundred questions meanwhile.
         self._poll.register(descriptor, select.POLLIN)
         try:
             return not self._poll.poll(0)
@@ -130,7 +135,7 @@ class Connector(aiohttp.TCPConnector):
 
 
 class UpstreamResponse(aiohttp.ClientResponse):
-    """A response whose body is also given out as it comes, by `raw_body`."""
+    """A response whose body is given out as it comes, by `raw_body`."""
 
     raw_body: Body
     sending: Sending | None = None
@@ -138,11 +143,11 @@ class UpstreamResponse(aiohttp.ClientResponse):
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Puts the Body in place before the first byte of the response is read."""
-        # Not kept: the answer may go on for an hour, and the question be large.
+        # Not kept: the answer may go on for an hour, and the question may be large.
         sending, self.sending = self.sending, None
         protocol = connection.protocol
         if protocol is None or protocol.should_close:
-            # Something came that nobody had asked for: aiohttp would take it for this answer.
+            # Something came that nobody had asked for. aiohttp would take it for this answer.
             raise aiohttp.ServerDisconnectedError
         self.raw_body = Body(connection)
         try:

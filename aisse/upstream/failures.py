@@ -1,7 +1,7 @@
-"""What an upstream's failure is: for its client a status and words, for the operator a cause, for neither a secret.
+"""What a failure of the upstream is: a status and words for the client, a cause for the operator, and no secret.
 
-Clients get UpstreamError's `status`, `kind` and `message`; the log and /health get its `cause`, which is made of our
-own words alone: what a library or an upstream says may quote a key or a prompt.
+Clients get UpstreamError's `status`, `kind` and `message`. The log and /health get its `cause`, which has only our own
+words in it: what a library or an upstream says may quote a key or a prompt.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
     from aisse.formats.errors import Said
 
-# What keys look like, whoever's they are, and names of accounts: an upstream's message may quote one.
+# What keys of any provider look like, and names of accounts. An upstream's message may quote one.
 _KEY_LIKE = re.compile(
     r"(?i)\b(?:sk|pk|key|ezai|bearer|api[_-]?key)[-_ :=]+[A-Za-z0-9._~+/-]{8,}=*"
     r"|\b(?:org|proj|acct)[-_][A-Za-z0-9]{8,}|\b(?:AIza|AKIA|hf_|gh[a-z]_|gsk_|xai-)[A-Za-z0-9_-]{8,}|[A-Za-z0-9_-]{40,}"
 )
 
-# RFC 9110, section 10.2.3: seconds, or a date. Nothing else gets through to clients. Some servers send fractions.
+# Seconds or a date (RFC 9110, section 10.2.3): nothing else gets through to clients. Some servers send fractions.
 _RETRY_AFTER = re.compile(r"[0-9]{1,6}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
 _DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
-# It comes from elsewhere and goes into the log: one word, of the length that ids have.
+# A request id comes from elsewhere and goes into the log. So it has to be one word, no longer than ids are.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,63}")
 
 _KEY_REFUSED = "the upstream did not accept this server's key"
 _ACCOUNT_REFUSED = "the upstream does not serve this server's account at the moment"
 _REQUEST_REFUSED = "the upstream does not take what this server sends"
 
-# Providers say it of an account under a client's status and type, too; these are their own sentences.
+# Providers also say this with the status and type of a client's mistake. These are sentences of theirs.
 _ABOUT_CREDIT = re.compile(
     r"(?i)credit balance is too low|insufficient (?:account )?(?:balance|credits?|funds|quota)"
     r"|exceeded your current quota|specified (?:api )?usage limits|plans? (?:&|and) billing"
@@ -50,17 +50,17 @@ _ABOUT_KEY = re.compile(
     r"(?i)(?:invalid|incorrect|missing|expired) (?:x-)?api[ -]?key|api key (?:is )?(?:not valid|expired)"
 )
 
-# What frameworks say by themselves of a path that they do not have: the address is wrong, and not the model.
+# What frameworks say by themselves about a path that they do not have. Then the address is wrong, not the model.
 _NOTHING_NAMED = re.compile(r"(?i)(?:(?:404[ :]*)?(?:page |route |path |resource )?not found[.!]?|cannot post /.*)?")
 
-# Nobody but the operator can mend these: the address, the method, what it accepts and the headers are ours.
+# Only the operator can mend these: the address, the method, what we accept and the headers are ours.
 _OURS_TO_MEND = frozenset({405, 406, 407, 411, 415, 417, 421, 426, 431})
 
-# What an upstream's status, or its error's type, becomes; every other status from 500 on is 502. 522 and 524 are
-# Cloudflare's timeouts, 408 says that our request did not arrive in time.
+# What becomes of an upstream's status, or of its error's type. Every other status from 500 on becomes 502. 522 and 524
+# are Cloudflare's timeouts; 408 says that our request did not arrive in time.
 _OUR_STATUS = {408: 504, 503: 503, 504: 504, 522: 504, 524: 504, 529: 503}
 
-# Some proxies say a client's mistake under 500. As a 5xx of ours clients would repeat it.
+# Some proxies answer a client's mistake with 500. Clients would repeat it if we passed it on as a 5xx.
 _CLIENTS_TO_MEND = frozenset({"invalid_request_error", "not_found_error", "request_too_large"})
 
 
@@ -120,7 +120,7 @@ def _error(status: int, said: Said, key: str | None) -> UpstreamError:
 
 
 def _account(status: int, kind: str | None, message: str) -> tuple[str, str] | None:
-    """For strangers and for the operator, where the error is about this server's account or key."""
+    """The words for clients and the cause for the operator, if the error is about this server's account or key."""
     doubtful = status in {400, 403, 422, 429}
     if status == 402 or kind == "billing_error" or (doubtful and _ABOUT_CREDIT.search(message)):
         return _ACCOUNT_REFUSED, "account without credit, or past its limit"
@@ -142,7 +142,7 @@ def _kind_of_status(status: int, ours: int) -> str:
 
 
 def _cause_of_status(status: int, ours: int) -> str | None:
-    """What the operator is told: nothing of what the client alone can mend."""
+    """The cause for the operator; None where only the client can mend it."""
     if status == 429:
         return "rate limit reached"
     if status in {503, 529}:
@@ -157,7 +157,7 @@ def _cause_of_status(status: int, ours: int) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> str | None:
-    """`Retry-After` as clients may get it: `retry-after-ms` counts before it, and fractions are rounded up."""
+    """`Retry-After` as clients may get it. `retry-after-ms` counts before it, and fractions are rounded up."""
     milliseconds = headers.get("retry-after-ms", "")
     if _DECIMAL.fullmatch(milliseconds):
         return str(math.ceil(float(milliseconds) / 1000))
@@ -168,7 +168,7 @@ def retry_after(headers: Mapping[str, str]) -> str | None:
 
 
 def request_id(headers: Mapping[str, str], key: str | None) -> str | None:
-    """The upstream's name for a request, for its support; None for text that is no such name, or has our key in it."""
+    """The upstream's name for a request, for its support. None if that is no plain name, or has our key in it."""
     for name in ("request-id", "x-request-id"):
         found = headers.get(name, "")
         if _REQUEST_ID.fullmatch(found) and (key is None or key not in found):
@@ -177,7 +177,7 @@ def request_id(headers: Mapping[str, str], key: str | None) -> str | None:
 
 
 def cleaned(text: str, key: str | None) -> str:
-    """An upstream's words for a client's eyes: one line, without what looks like a key, shortened."""
+    """An upstream's words as a client may see them: one line, shortened, without what looks like a key."""
     if key is not None:
         text = text.replace(key, "[removed]")
     text = _KEY_LIKE.sub("[removed]", "".join(c if c.isprintable() else " " for c in text[: 8 * MESSAGE_CHARS]))
@@ -218,7 +218,7 @@ _BY_VERIFY_CODE = {
 
 
 def unreachable(error: BaseException) -> str:
-    """Why a request got no answer, in our words, by the first exception in the chain that tells."""
+    """Why a request got no answer, in our words. The first exception in the chain that tells decides."""
     words = next((word for link in _chain(error) if (word := _word(link)) is not None), "connection failed")
     return f"proxy: {words}" if isinstance(error, aiohttp.ClientProxyConnectionError) else words
 
@@ -229,7 +229,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         if isinstance(link, aiohttp.ClientConnectorError):
-            yield link.os_error  # it tells more than what aiohttp makes of it
+            yield link.os_error  # it tells more than aiohttp's own exception
         yield link
         link = link.__cause__ or link.__context__
 
@@ -241,7 +241,7 @@ def _word(error: BaseException) -> str | None:
         case ssl.SSLCertVerificationError(verify_code=int(code)):
             return _BY_VERIFY_CODE.get(code, "certificate not accepted")
         case aiohttp.ClientConnectorDNSError():
-            # Resolvers tell a name that does not exist from one that cannot be looked up now.
+            # Resolvers say whether a name does not exist or cannot be looked up at the moment.
             later = getattr(error.os_error, "errno", None) == socket.EAI_AGAIN
             return "name not found: the name server does not answer" if later else "name not found"
         case aiohttp.ClientHttpProxyError(status=int(status)):
