@@ -11,8 +11,8 @@ import sys
 def main() -> None:
     """Runs the command that the process's arguments name; see `aisse.commands.cli.main`.
 
-    Until a command has handlers of its own, Ctrl-C ends the process as if it were no Python: by the signal, and without
-    a traceback of wherever it was.
+    Until a command has handlers of its own, Ctrl-C ends the process as it ends programs that are not written in Python:
+    by the signal, and without a traceback.
     """
     _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -26,8 +26,9 @@ def main() -> None:
 def _open_closed_streams() -> None:
     """Puts /dev/null in place of standard input, output and error where the parent closed them.
 
-    The next thing that is opened would get such a number: log lines would go into a connection, and libuv aborts the
-    process when it is to close a socket with one. `sys.stdout` stays None, so that commands that print can tell.
+    Otherwise the next thing that is opened would get such a number. Log lines would go into a connection, and libuv
+    aborts the process when it has to close a socket of that number. `sys.stdout` stays None, so that commands which
+    print can tell.
     """
     for descriptor in range(3):
         try:

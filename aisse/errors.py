@@ -11,16 +11,16 @@ AisseError
     ├── UpstreamError         the upstream refused, failed or said so in an `error` event
     └── LimitError            a bound of ours was reached
 
-Messages say what to do and never carry keys, prompts, completions or an upstream's text.
-The one exception is UpstreamError.message, which is made for the client's eyes, is shortened,
-and goes out JSON-encoded only; logs carry its `kind`, `upstream_status` and `cause`, which are words of ours.
+Messages say what to do. They never carry keys, prompts, completions or an upstream's text. UpstreamError.message is the
+one exception: it is for the client's eyes, is shortened, and goes out as JSON only. Logs carry its `kind`,
+`upstream_status` and `cause`, which are our own words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# An upstream's own words are cut here before they reach a client.
+# How much of an upstream's own words reaches a client.
 MESSAGE_CHARS = 500
 
 
@@ -40,7 +40,7 @@ class ConfigError(AisseError):
 
 @dataclass(eq=False)
 class RequestError(AisseError):
-    """A request is refused: `status`, the protocol's error `kind`, and the `field` at fault where there is one."""
+    """A request is refused, with `status` and the protocol's error `kind`. `field` is the one at fault, if any."""
 
     status: int
     kind: str
@@ -71,14 +71,14 @@ class KeyReusedError(RequestError):
 
 
 class DrainingError(RequestError):
-    """The server is shutting down and has started nothing: the same request may be sent to another instance."""
+    """The server is shutting down and has started nothing. The same request may be sent to another instance."""
 
     def __init__(self) -> None:
         super().__init__(503, "overloaded_error", "the server is shutting down", retry_after_s=1)
 
 
 class LogUnavailableError(RequestError):
-    """What only the shared log knows cannot be said now: the same request may succeed later."""
+    """The shared log does not answer, and only the log knows what was asked for. The same request may succeed later."""
 
     def __init__(self) -> None:
         super().__init__(503, "overloaded_error", "the log of answers does not respond", retry_after_s=1)
@@ -86,7 +86,7 @@ class LogUnavailableError(RequestError):
 
 @dataclass(eq=False)
 class StreamError(AisseError):
-    """Ends a stream with `error` and `end`; `status` is what a client gets that has not been answered yet."""
+    """Ends a stream with `error` and `end`. `status` is what a client gets that has no answer yet."""
 
     kind: str
     message: str
@@ -105,8 +105,8 @@ class StreamError(AisseError):
 class UpstreamError(StreamError):
     """The upstream refused, broke off, kept silent, or sent an `error` event.
 
-    `cause` is for the operator, in our own words; None for what only the client can mend. `request_id` is the
-    upstream's own name for the request, where it told one.
+    `cause` is for the operator, in our own words; it is None if only the client can mend the failure. `request_id` is
+    the upstream's own name for the request, if it told one.
     """
 
     upstream_status: int | None = None

@@ -26,11 +26,11 @@ SLOTS = 2
 THREADS = 2
 
 _SLOT_TOKENS = 2048
-# A long prompt is evaluated in steps of this many tokens; the other slots get their next token in between.
+# A long prompt is evaluated in steps of this many tokens. In between, the other slots get their next token.
 _BATCH_TOKENS = 64
-# A third request waits on one of these for a slot; /slots must still be answered.
+# A third request occupies one of these while it waits for a slot, and /slots must be answered all the same.
 _HTTP_THREADS = 16
-# Half a second as a rule; this allows for a cold disk on a busy machine.
+# It takes half a second as a rule. This allows for a cold disk on a busy machine.
 _START_S = 60.0
 _REASON_CHARS = 300
 _NICENESS = 10
@@ -41,7 +41,7 @@ class LocalModel:
 
     `/v1/messages` answers `SLOTS` requests at a time, queues the rest, and takes any model name. Prompt and
     answer share 2048 tokens: a longer prompt is refused with 400, a longer answer ends as `max_tokens`.
-    A request whose client leaves is stopped at its next token, so while its prompt is read, only after that.
+    A request whose client leaves is stopped at its next token, which is after the whole prompt if that is being read.
     An answer whose first token is half a character (an emoji) comes without `message_start`.
     """
 
@@ -113,7 +113,7 @@ def _bundled() -> Path | None:
 
 
 async def _url(process: Process) -> str:
-    """The line that the child prints when it is ready, or why there is none."""
+    """The line that the child prints when it is ready. Raises ConfigError with the reason if there is none."""
     assert process.stdout is not None
     assert process.stderr is not None
     if line := await process.stdout.readline():
@@ -124,7 +124,7 @@ async def _url(process: Process) -> str:
 
 
 def _reason(output: str) -> str:
-    """llama.cpp's own words, which come before a traceback that only says that it failed."""
+    """llama.cpp's own words. They come before a traceback that says no more than that it failed."""
     said = re.search(r"error loading model: (.+)", output)
     lines = output.strip().splitlines()
     return (said[1] if said else lines[-1] if lines else "")[:_REASON_CHARS]
@@ -135,10 +135,10 @@ def _serve(model: str) -> None:
 
     The other end of standard input is held by the parent alone, so the child dies with it, however it dies.
     """
-    # They reach the whole process group when a service or terminal stops, and a drain still needs the model.
+    # When a service or a terminal stops, these reach the whole process group, but a drain still needs the model.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # The relay's few milliseconds go first where cores are scarce.
+    # Where cores are scarce, the relay's few milliseconds go first.
     os.nice(_NICENESS)
 
     import xllamacpp  # noqa: PLC0415 - an optional part, 100 MB that the parent must not load
@@ -160,7 +160,7 @@ def _serve(model: str) -> None:
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)  # noqa: T201 - the parent reads it
 
-    # What it prints from here on could quote a prompt, and would fill a pipe that nobody reads.
+    # What it prints from here on could quote a prompt, and it would fill a pipe that nobody reads.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -44,7 +44,7 @@ Seconds = Annotated[float, Field(ge=0, le=86400 * 7, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86400 * 7, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1024, le=1 << 30)]
 
-# What the first part of `base_path` must not be: a request without it would look like one with it.
+# The first part of `base_path` must be none of these: a request without the path would look like one with it.
 _OWN_PATHS = {"api", "health", "metrics", "v1", "vendor"}
 _OWN_FILES = (".js", ".mjs", ".ts", ".css", ".html")
 
@@ -144,7 +144,7 @@ class Settings(BaseModel):
     def _base_path(cls, value: str) -> str:
         if value == "":
             return value
-        # RFC 3986, section 2.3: the characters that nobody on the way writes in another way.
+        # RFC 3986, section 2.3: the characters that no server or proxy on the way writes differently.
         if re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is None:
             raise ValueError(
                 "must be empty, or a path such as /llm, without a slash at its end, of A-Z a-z 0-9 . _ ~ - /"
@@ -254,7 +254,7 @@ SECRETS = frozenset({"access_tokens", "upstream_key"})
 
 
 def log_kind(settings: Settings) -> str:
-    """Where streams are kept, without where that is: `memory`, `redis`, `rediss` or `unix`."""
+    """What kind of log the streams are kept in, without its address: `memory`, `redis`, `rediss` or `unix`."""
     return settings.log.get_secret_value().partition(":")[0]
 
 

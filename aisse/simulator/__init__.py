@@ -1,7 +1,8 @@
 """An upstream of our own: a real HTTP server that speaks the Anthropic format, and misbehaves on demand.
 
 A prompt overrides the server's script for its own answer: `[[tokens=300 pace=0 fault=cut at=1234 rst=true]]`
-anywhere in the last user message.
+anywhere in the last user message. This room imports nothing else of aisse: it stands for a server elsewhere. Begin with
+`script`, the plan of an answer; `server` plays it.
 """
 
 from aisse.simulator.script import Script

@@ -1,4 +1,4 @@
-"""What the simulator answers: the plan of one answer, and the shapes of the format. No I/O, no clock."""
+"""What the simulator answers: the plan of one answer, and the shapes of the format. It has no I/O and no clock."""
 
 import json
 import math
@@ -128,7 +128,7 @@ class Script(BaseModel):
         return sum(self._budget(max_tokens))
 
     def seconds(self, max_tokens: int | None = None) -> float:
-        """Return how long an answer takes after its first byte, infinity with a stall; backpressure apart."""
+        """Return how many seconds an answer takes after its first byte for a peer that reads at once."""
         if self.fault == "stall":
             return math.inf
         return self.thinking_s + (self.output_tokens(max_tokens) / self.pace if self.pace else 0.0)
@@ -189,7 +189,7 @@ class Script(BaseModel):
             pause = 0.0
             if index == 0:
                 yield 0.0, self._ping()
-            # Most events by far: encoded around the one string that differs.
+            # By far the most events. They are encoded around the one string that differs.
             head, tail = self._delta(index, {"type": f"{kind}_delta", kind: ""}).split(b'""')
             for wait, piece in deltas:
                 yield wait, head + encode(piece).encode() + tail
@@ -225,7 +225,7 @@ class Script(BaseModel):
     def _beats(self) -> Iterator[float]:
         """Yield the wait before each delta.
 
-        Delta n is due n intervals after the start and up to `jitter` of one later: what varies never adds up.
+        Delta n is due n intervals after the start, plus up to `jitter` of an interval: the variation never adds up.
         """
         if not self.pace:
             yield from repeat(0.0)
@@ -262,7 +262,7 @@ class _Turn(BaseModel):
 
 
 class Ask(BaseModel):
-    """What of a request's body matters here. Everything else is taken as it comes."""
+    """The part of a request's body that matters here. Everything else is accepted as it comes."""
 
     model_config = ConfigDict(strict=True)
 

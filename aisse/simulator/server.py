@@ -1,4 +1,4 @@
-"""The simulator's HTTP server: plays scripts, counts what its peers take, breaks off as it is told."""
+"""The simulator's HTTP server. It plays scripts, counts what its peers take, and breaks off as a script says."""
 
 import asyncio
 import fcntl
@@ -31,7 +31,7 @@ from aisse.simulator.script import (
 
 Outcome = Literal["completed", "fault", "refused", "aborted", "closed"]
 
-# Bytes of one write at most: a large event shows in the counts while it is being taken, not only afterwards.
+# The most bytes of one write. So a large event shows in the counts while it is being taken, and not only afterwards.
 _PIECE = 16_384
 _SEND_BUFFER = 16_384
 _YIELD_EVERY = 16
@@ -39,10 +39,10 @@ _YIELD_EVERY = 16
 
 @dataclass(slots=True)
 class Record:
-    """One request to /v1/messages. Times are of time.monotonic(); `ended`, `outcome` are None while it runs.
+    """One request to /v1/messages. Times are of time.monotonic(); `ended` and `outcome` are None while it runs.
 
-    Outcomes: completed; fault (it ended as its script's `fault` or `status` says); refused (a 4xx of our
-    own); aborted (the peer left first, also out of a stall); closed (the simulator was closed).
+    Outcomes: completed; fault (it ended as its script's `fault` or `status` says); refused (with a 4xx of our own);
+    aborted (the peer left first, also during a stall); closed (the simulator was closed).
     """
 
     id: str = ""
@@ -58,8 +58,8 @@ class Record:
 class Stats:
     """Counters of the requests to /v1/messages; `completed` to `closed` are the outcomes of Record.
 
-    `bytes_written` is body bytes, without chunk framing, that our kernel has taken; it holds at most some
-    32 KiB that the peer's has not. `keyed`, `cookied`: requests that carried an API key, a cookie.
+    `bytes_written` counts the bytes of bodies, without chunk framing, that our kernel has taken; the peer's kernel has
+    all of them but some 32 KiB at most. `keyed` and `cookied` count requests that carried an API key or a cookie.
     """
 
     requests: int = 0
@@ -189,11 +189,11 @@ class Simulator:
         transport = request.transport
         if transport is None or self._closing:
             raise ConnectionResetError
-        # Both as small as can be, so that a reader that stops shows in the counts and not in buffers.
+        # Both are as small as they can be, so that a reader that stops shows in the counts instead of in buffers.
         transport.set_write_buffer_limits(high=0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
-        # Read before anything else: aiohttp notices a peer that leaves only once its body is read.
+        # Before anything else: aiohttp notices a peer that leaves only after the peer's body is read.
         raw = await request.read()
         if "anthropic-version" not in request.headers:
             return _failure(400, "anthropic-version: header is required"), "refused"
@@ -291,7 +291,7 @@ class _Body:
             await self._writer.drain()
             self._count(len(piece))
             if script.split:
-                # Lets a peer on this loop read each piece by itself, as one across a network would.
+                # This lets a peer on the same loop read each piece by itself, as a peer across a network would.
                 await asyncio.sleep(0)
 
     async def finish(self) -> None:
@@ -334,7 +334,7 @@ async def _play(plan: Plan, body: _Body) -> None:
         if early > 0:
             await _sleep(early)
         elif index % _YIELD_EVERY == 0:
-            # A write that the kernel takes at once does not suspend, and others on this loop want their turn.
+            # A write that the kernel takes at once does not suspend, and other tasks of this loop want their turn.
             await asyncio.sleep(0)
         await body.event(frame)
 
