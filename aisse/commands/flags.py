@@ -26,7 +26,7 @@ NewParser = Callable[..., argparse.ArgumentParser]
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything else here does, instead of a page of usage."""
+    """Says what is wrong in one line, as all commands do, instead of in a page of usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{where}{'there is no such command' if unknown else ''}; --help shows how")
 
     def _print_message(self, message: str, _file: object = None) -> None:
-        # Help and version. argparse's own goes on, and exits with 0, where it cannot write them.
+        # For help and version. argparse's own method goes on if it cannot write them, and exits with 0.
         show(message.removesuffix("\n"))
 
 

@@ -128,7 +128,10 @@ class Script(BaseModel):
         return sum(self._budget(max_tokens))
 
     def seconds(self, max_tokens: int | None = None) -> float:
-        """Return how many seconds an answer takes after its first byte for a peer that reads at once."""
+        """Return how many seconds an answer takes after its first byte: infinity with a stall.
+
+        Its peer reads at once.
+        """
         if self.fault == "stall":
             return math.inf
         return self.thinking_s + (self.output_tokens(max_tokens) / self.pace if self.pace else 0.0)
