@@ -148,6 +148,7 @@ def raise_descriptor_limit(max_streams: int) -> None:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < 2 * max_streams + SPARE_DESCRIPTORS:
+        # Users filter their logs by this name. It stays, wherever the module is.
         structlog.get_logger("aisse.cli").warning(
             "too few open files for max_streams; raise the limit (LimitNOFILE, ulimit -n) or lower max_streams",
             open_files=hard,

@@ -12,6 +12,7 @@ from aisse.errors import DrainingError, RequestError, StreamError, error_body
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
+# Users filter their logs by this name. It stays, wherever the module is.
 _log = structlog.get_logger("aisse.app")
 
 
