@@ -39,7 +39,7 @@ _CURSOR = re.compile(rf"({_ID})\.([0-9]{{1,16}})")
 
 
 def routes(settings: Settings, wire_format: Format, registry: Registry, farewell: Farewell) -> list[web.RouteDef]:
-    """The chat API. Handlers raise RequestError and StreamError; `app` turns them into responses."""
+    """The chat API. Handlers raise RequestError and StreamError; `errors` turns them into responses."""
     chat = _Chat(settings, wire_format, registry, farewell)
     return [
         web.post("/api/chat", chat.post),

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from aisse.errors import ConfigError
 from aisse.settings import Settings
-from aisse.upstream.keys import key_for, needs_key
+from aisse.upstream.keys import check_key, key_for, needs_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -183,3 +183,22 @@ def test_settings_show_no_key() -> None:
     assert OWN not in repr(settings)
     assert OWN not in str(settings.model_dump())
     assert OWN not in settings.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://api.ezaiapi.com", "set EZAI_API_KEY"),
+        ("https://API.Anthropic.com/base", "set ANTHROPIC_API_KEY"),
+        ("http://api.ezaiapi.com", "say https://"),
+    ],
+)
+def test_missing_key_is_refused_with_what_to_do(url: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=r"^upstream: ") as refused:
+        check_key(url, None)
+    assert said in str(refused.value)
+    check_key(url, "any key")
+
+
+def test_host_that_asks_for_no_key_needs_none() -> None:
+    check_key("https://other.example", None)
