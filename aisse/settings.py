@@ -87,7 +87,7 @@ class Settings(BaseModel):
     max_tokens: int = _field(4096, "max_tokens where the request has none", ge=1)
     max_tokens_limit: int = _field(64000, "largest max_tokens that a request may ask for", ge=1)
     allow_fields: Names = _field(
-        (), "fields that requests may have beside those of README, Asking; passed on unchecked"
+        (), "fields that requests may have beside those of aisse/routes/README.md, Asking; passed on unchecked"
     )
     allow_betas: Names = _field((), "values of the header anthropic-beta that requests may pass on; none: none")
 
@@ -119,7 +119,7 @@ class Settings(BaseModel):
     leave_max_s: Seconds = _field(300, "longest leave time that a request may ask for")
     allow_continue: bool = _field(False, "allow requests to go on without any reader to their end")
     stall_s: PositiveSeconds = _field(
-        30, "a reader that takes no byte for so long is evicted; what it must take: see README, Backpressure"
+        30, "a reader that takes no byte for so long is cut off; see aisse/routes/README.md, Slow readers"
     )
     retention_s: Seconds = _field(300, "how long a finished stream can be read again")
     drain_s: Seconds = _field(25, "how long running streams may go on at shutdown")

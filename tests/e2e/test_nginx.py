@@ -958,7 +958,7 @@ async def test_one_browser_origin_has_30_streams_at_once_by_http2_and_six_withou
     upstream = Upstream()
     async with (
         raw_upstream(upstream.answer) as llm,
-        # Behind a proxy its own pages need it: see README.md, "Behind nginx".
+        # Behind a proxy its own pages need it: see nginx/README.md, "Pages".
         served("--upstream", llm.url, "--open") as aisse,
         nginx(binary, [aisse.address]) as plain,
         nginx(binary, [aisse.address], tls=True) as secure,

@@ -361,7 +361,7 @@ async def turning_away(address: tuple[str, int]) -> AsyncIterator[list[None]]:
 
 
 async def test_native_eventsource_as_in_the_readme_resumes_and_stops_by_itself(browser: Browser) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
+    readme = Path(__file__).parents[2] / "aisse" / "web" / "README.md"
     (code,) = [code for code in re.findall(r"```js\n(.*?)```", readme.read_text(), re.DOTALL) if "EventSource" in code]
     assert len(code.splitlines()) <= 10
     async with (
@@ -448,7 +448,7 @@ async def page_is_used(page: Page, proxy: BreakableProxy) -> None:
 
 
 async def native_eventsource_is_used(page: Page, proxy: BreakableProxy) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
+    readme = Path(__file__).parents[2] / "aisse" / "web" / "README.md"
     (code,) = [code for code in re.findall(r"```js\n(.*?)```", readme.read_text(), re.DOTALL) if "EventSource" in code]
     assert code.count('"/api/chat"') == 1
     code = code.replace('"/api/chat"', '"/llm/api/chat"').replace("Why is the sky blue?", "[[tokens=300 pace=25]]")
