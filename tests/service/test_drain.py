@@ -406,8 +406,8 @@ async def test_request_on_its_way_when_the_listener_closes_is_answered(
         await asyncio.wait_for(drain, 60)
 
 
-async def test_unready_time_does_not_pass_where_no_listener_is_left_to_close(simulator: Simulator) -> None:
-    async with serving(simulator.url, unready_s=600) as server, asyncio.timeout(60):
+async def test_no_time_passes_where_nothing_runs_and_no_listener_is_left_to_close(simulator: Simulator) -> None:
+    async with serving(simulator.url, unready_s=600, drain_s=600) as server, asyncio.timeout(60):
         await server.drain.run()
 
 

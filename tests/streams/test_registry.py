@@ -536,14 +536,31 @@ async def test_reader_whose_beat_fails_is_cut_off() -> None:
             await eventually(lambda: bad.evicted)
 
 
-async def test_idle_comes_with_the_last_answer() -> None:
+async def test_registry_with_nothing_to_do_is_idle_at_once() -> None:
+    """A drain would wait up to its deadline for what nobody will tell it."""
+    async with bed() as b:
+        b.finished()
+        assert await b.registry.idle(0)
+
+
+@pytest.mark.parametrize("what", ["answer", "reader", "stream"])
+async def test_idle_comes_with_the_last(what: str) -> None:
     """A drain would find it out a second later."""
     async with bed() as b:
-        with b.registry.answering():
+        with contextlib.ExitStack() as last:
+            if what == "answer":
+                last.enter_context(b.registry.answering())
+            elif what == "reader":
+                last.enter_context(b.registry.reading(Reader(b.finished(), b.settings)))
+            else:
+                last.callback(b.create().finish, Reason.COMPLETE)
             idle = asyncio.create_task(b.registry.idle(60))
             await asyncio.sleep(0)
             assert not idle.done()
-        assert await asyncio.wait_for(idle, 5)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert idle.done()
+        assert await idle
 
 
 @pytest.mark.usefixtures("fast_sweep")
