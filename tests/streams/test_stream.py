@@ -450,6 +450,20 @@ async def test_started_survives_that_one_of_its_waiters_leaves() -> None:
         await staying
 
 
+async def test_refusal_is_told_to_each_who_asks_by_an_error_of_its_own() -> None:
+    """One for all would keep the frames that it came through, and with them each request, for as long as any reads."""
+    stream = make_stream()
+    stream.finish(Reason.ERROR)
+    told = []
+    for _ in range(2):
+        with pytest.raises(StreamError) as refused:
+            await stream.answerable(0)
+        told.append(refused.value)
+    assert stream.error is not None
+    assert [error.body() for error in told] == [stream.error.body()] * 2
+    assert stream.error.__traceback__ is None
+
+
 # --- readers ------------------------------------------------------------------------------------------------------
 
 
