@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from redis import exceptions
 from structlog.testing import capture_logs
 
 from aisse.errors import StreamError
+from aisse.replay import tailer as tailer_module
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.mirror import interval_s
 from aisse.replay.scripts import entries_key, state_key
@@ -261,6 +263,27 @@ async def test_connection_that_fails_is_replaced_and_what_was_missed_is_caught_u
         assert [call.args[2] is None for call in bed.waits.named("xread")] == [False, True, True, True, False]
         bed.waits.arrivals.put_nowait([])
         await eventually(lambda: bed.tailer.trouble is None)
+
+
+async def test_idle_tailer_is_not_woken_by_each_tick(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turns of the loops are counted; the one of the leases turns for ever, and is the clock here."""
+    turned: Counter[str] = Counter()
+
+    def heed() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        turned[task.get_name().rpartition(" ")[2]] += 1
+
+    monkeypatch.setattr(tailer_module, "heed_cancellation", heed)
+    follower = Follower()
+    async with running(bed):
+        bed.tailer.follow(follower)
+        bed.waits.arrivals.put_nowait([(follower.key, [follower.entry(1, 1), follower.end_entry(1)])])
+        await eventually(lambda: bool(follower.ends))
+        await eventually(lambda: turned["attend"] > 2)
+        before = turned.copy()
+        await eventually(lambda: turned["attend"] > before["attend"] + 20)
+        assert turned["tail"] <= before["tail"] + 1
 
 
 def test_end_is_told_from_text_that_looks_like_it() -> None:
