@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Twice as long is still less than what a process is taken to have stood still for.
 LEASE_S = 2.0
+RETENTION_S = 10.0
 
 
 @dataclass
@@ -154,7 +155,7 @@ def make_bed(monkeypatch: pytest.MonkeyPatch, tick_s: float = 0.001) -> Bed:
     monkeypatch.setattr(mirror_module, "_CLOCK_S", 0.001)
     redis, clock, producer = FakeRedis(), Clock(monkeypatch, "aisse.replay.mirror"), Producer()
     client = cast("Any", redis)
-    mirror = Mirror(client, producer, tick_s=tick_s, lease_s=LEASE_S, retention_s=10)
+    mirror = Mirror(client, producer, tick_s=tick_s, lease_s=LEASE_S, retention_s=RETENTION_S)
     bed = Bed(redis, clock, producer, mirror)
     redis.answers = {"CREATE": bed.create, "APPEND": bed.append, "RENEW": bed.renew}
     return bed
@@ -397,6 +398,33 @@ async def test_unknown_streams_get_nothing_appended(bed: Bed) -> None:
         assert bed.redis.count("APPEND") == 0
         bed.redis.held.clear()
         assert await bed.mirror.settled(9)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+async def test_withdrawal_is_repeated_until_redis_has_heard_it(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key would stay with a stream that never began."""
+    monkeypatch.setattr(mirror_module, "backoff_s", lambda _failures: 0.0)
+    answers = iter((exceptions.ConnectionError(), OSError(), None))
+    bed.redis.answers["WITHDRAW"] = lambda _keys, _args: next(answers)
+    await bed.mirror.withdraw("A" * 22, "key")
+    assert [call.args[0] for call in bed.redis.named("WITHDRAW")] == ["A" * 22] * 3
+
+
+async def test_withdrawal_is_given_up_when_redis_has_forgotten_by_itself(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "backoff_s", lambda _failures: 0.0)
+
+    def fail(_keys: list[Any], _args: list[Any]) -> Any:
+        assert bed.redis.count("WITHDRAW") < 100
+        bed.clock.now += LEASE_S
+        return exceptions.ConnectionError()
+
+    bed.redis.answers["WITHDRAW"] = fail
+    await bed.mirror.withdraw("A" * 22, "key")
+    assert bed.redis.count("WITHDRAW") == (RETENTION_S + LEASE_S) / LEASE_S
 
 
 # --- leases -------------------------------------------------------------------------------------------------------
