@@ -798,6 +798,20 @@ async def test_reader_that_falls_behind_counts_up_to_what_it_got() -> None:
     assert held_back(stream)
 
 
+async def test_furthest_position_is_the_tail_while_a_reader_stands_there() -> None:
+    """Other instances are told of it: one that counted where it last fell behind would be waited for."""
+    stream = make_stream()
+    behind(stream)
+    reader = at_tail(stream)
+    publish_bytes(stream, 300)
+    assert stream.furthest == 300
+    reader.full = True
+    publish_bytes(stream, 100)
+    assert stream.furthest == 300
+    stream.advance(350)
+    assert stream.furthest == 350
+
+
 async def test_flow_of_an_open_gate_does_not_wait() -> None:
     stream = make_stream()
     assert Flow(stream).done
