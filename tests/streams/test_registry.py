@@ -536,6 +536,38 @@ async def test_reader_whose_beat_fails_is_cut_off() -> None:
             await eventually(lambda: bad.evicted)
 
 
+class Stalled:
+    """A reader whose client has taken nothing for so long."""
+
+    buffered_bytes = 0
+
+    def __init__(self, stream: Stream, stalled_s: float) -> None:
+        self.stream = stream
+        self.evicted = False
+        self.beats = 0
+        self._stalled_s = stalled_s
+
+    def stalled_for(self, _now: float) -> float:
+        return self._stalled_s
+
+    def beat(self, *_: object) -> bool:
+        self.beats += 1
+        return False
+
+    def evict(self) -> None:
+        self.evicted = True
+
+
+@pytest.mark.usefixtures("fast_sweep")
+async def test_reader_that_takes_nothing_for_stall_s_is_cut_off_and_no_other() -> None:
+    async with bed(stall_s=7) as b:
+        stream = b.create()
+        slow, stalled = Stalled(stream, 6.9), Stalled(stream, 7.0)
+        with b.registry.reading(cast("Any", slow)), b.registry.reading(cast("Any", stalled)):
+            await eventually(lambda: slow.beats >= 3)
+        assert (slow.evicted, stalled.evicted) == (False, True)
+
+
 async def test_registry_with_nothing_to_do_is_idle_at_once() -> None:
     """A drain would wait up to its deadline for what nobody will tell it."""
     async with bed() as b:
@@ -619,15 +651,31 @@ async def test_sweep_over_hundreds_of_records_lets_others_run_in_between(monkeyp
 
         monkeypatch.setattr(Relay, "overdue", counting)
         while len(looked_at) < 100:
-            if not turns or looked_at[turns[-1] :]:
-                turns.append(len(looked_at))
+            turns.append(len(looked_at))
             await asyncio.sleep(0)
+        turns.append(len(looked_at))
         assert all(after - before <= 10 for before, after in itertools.pairwise(turns))
         # One that ends, and one that begins, while a sweep waits for its turn.
         b.registry.end(streams[99], Reason.STOPPED)
         b.create()
         await eventually(sweeps(b.registry)(2))
         assert b.registry.active_streams == 100
+
+
+@pytest.mark.usefixtures("fast_sweep")
+async def test_sweep_over_hundreds_of_readers_lets_others_run_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "_SWEEP_BATCH", 10)
+    async with bed() as b:
+        stream = b.create()
+        readers = [Stalled(stream, 0) for _ in range(100)]
+        turns: list[int] = [0]
+        with contextlib.ExitStack() as reading:
+            for reader in readers:
+                reading.enter_context(b.registry.reading(cast("Any", reader)))
+            while turns[-1] < 100:
+                await asyncio.sleep(0)
+                turns.append(sum(reader.beats for reader in readers))
+        assert all(after - before <= 10 for before, after in itertools.pairwise(turns))
 
 
 async def test_lag_of_the_event_loop_is_measured() -> None:
