@@ -334,6 +334,20 @@ async def test_exception_in_a_reader_cuts_its_client_off_and_writes_nothing(monk
         assert one.stream.readers == 0
 
 
+async def test_exception_in_a_reader_that_takes_nothing_ends_its_connection_at_once() -> None:
+    """To close it would wait for what is left to be taken, and no sweep looks after it any more."""
+    async with one_stream(stall_s=3600) as one, one.reading() as (_, reader):
+        await one.fill(reader)
+        protocol = reader._protocol
+        assert protocol is not None
+        await eventually(lambda: protocol._drain_waiter is not None)
+        assert protocol._drain_waiter is not None
+        protocol._drain_waiter.set_exception(RuntimeError("a bug"))
+        await eventually(lambda: one.stream.readers == 0)
+        assert one.runner.server is not None
+        await eventually(lambda server=one.runner.server: not server.connections)  # type: ignore[misc]
+
+
 async def test_reader_that_parts_has_all_from_before_and_nothing_of_the_same_step() -> None:
     """It comes back with its cursor for the rest. A write to what closes would take back what waits."""
     async with one_stream() as one, one.reading() as (client, reader):
@@ -626,6 +640,26 @@ async def test_stream_of_an_evicted_reader_stays_stopped_and_ends_as_abandoned(s
         assert not client.body.ended
 
 
+async def test_stall_is_counted_from_when_the_socket_was_seen_with_room_or_took_a_byte() -> None:
+    """Also where nothing was taken before: a connection that bytes of an earlier response wait on, below the mark."""
+    model = Model(2048, 64 << 10)
+    model.arrive(0, compacted=False)
+    (one,) = model.connections
+    await model.turns(lambda: one.is_at_tail)
+    reader = one.reader
+    assert reader is not None
+    now = round(asyncio.get_running_loop().time()) + 1000
+    assert reader.stalled_for(now) == 0
+    while not one.wire.paused:
+        model.publish([("other", 900)])
+    assert reader.stalled_for(now + 1) == 1
+    one.wire.give_room(100)
+    assert one.wire.paused
+    assert [reader.stalled_for(now + passed) for passed in (2, 3, 4)] == [0, 1, 2]
+    await model.close()
+
+
+@pytest.mark.usefixtures("fast_sweep")
 async def test_reader_that_is_slow_but_moving_is_never_evicted() -> None:
     """The kernel reports progress in steps: up to 130 KB with an ordinary buffer on loopback, some KB with a small one.
 
@@ -867,6 +901,41 @@ async def test_no_heartbeat_follows_the_end_of_a_body(stalled: bool) -> None:
         await client.get("/nowhere")
         await client.answered()
         assert client.status == 404
+
+
+async def test_heartbeat_comes_once_its_interval_has_passed_without_a_write() -> None:
+    """By the sweeps' clock: what came between two of them is taken for half a sweep old."""
+    model = Model(2048, 64 << 10)
+    model.arrive(0, compacted=False)
+    (one,) = model.connections
+    one.wire.give_room(1 << 20)
+    await model.turns(lambda: one.is_at_tail)
+    reader = one.reader
+    assert reader is not None
+    beats = []
+    for now in range(100, 160):
+        if now in {131, 132}:
+            model.publish([("other", 8)])
+        if reader.beat(float(now), 14.5, 1.0):
+            beats.append(now)
+    assert beats == [114, 129, 146]
+    await model.close()
+
+
+async def test_no_heartbeat_follows_an_end_that_was_just_taken() -> None:
+    """A sweep may come before the reader's task has its turn, and the next response would begin with the heartbeat."""
+    model = Model(2048, 64 << 10)
+    model.arrive(0, compacted=False)
+    (one,) = model.connections
+    await model.turns(lambda: one.is_at_tail)
+    model.end(Reason.COMPLETE)
+    await model.turns(lambda: one.wire.writes[-1] == b"0\r\n\r\n")
+    assert one.wire.paused
+    one.wire.give_room(1 << 20)
+    model.beat(one)
+    assert one.wire.writes[-1] == b"0\r\n\r\n"
+    await model.turns(lambda: one.ended)
+    await model.close()
 
 
 async def test_second_stream_on_a_connection_is_as_good_as_the_first(server: Server) -> None:
