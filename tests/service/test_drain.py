@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conftest import Server, eventually, prompt, serving
@@ -342,6 +342,30 @@ async def test_reader_that_takes_nothing_is_cut_off_after_the_deadline_and_not_e
         assert server.registry.readers == 0
         await stalled.read_to_end()
         assert not stalled.body.ended
+
+
+async def test_reader_that_has_taken_nothing_before_the_end_gets_no_time_for_its_last_bytes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aisse.drain._LAST_BYTES_S", 100.0)  # more than the test waits for, and less than stall_s
+
+    class Stalled:
+        def tell(self, _control: bytes) -> None:
+            pass
+
+        def stalled_for(self, _now: float) -> float:
+            return 100.0
+
+        def beat(self, *_: object) -> bool:
+            return False
+
+        def evict(self) -> None:
+            reading.close()
+
+    with contextlib.ExitStack() as reading:
+        reading.enter_context(server.registry.reading(cast("Any", Stalled())))
+        await asyncio.wait_for(server.drain.run(), 60)
+    assert server.registry.readers == 0
 
 
 async def test_drain_ends_with_the_last_stream_and_not_with_the_deadline(simulator: Simulator) -> None:
