@@ -487,8 +487,9 @@ async def test_accepted_stream_that_nobody_reads_is_abandoned(
 
 
 async def test_accepted_stream_waits_for_its_first_reader_even_without_leave_time(
-    simulator: Simulator, swift: None
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, swift: None
 ) -> None:
+    monkeypatch.setattr("aisse.routes.chat._FIRST_READER_S", 3600.0)
     async with serving(simulator.url, leave_s=0) as server:
         path = await accepted(server, "[[fault=stall at=3]]", Aisse_On_Leave="cancel")
         await asyncio.sleep(0.1)  # several sweeps, each of which could end it
