@@ -408,7 +408,7 @@ async def test_withdrawal_is_repeated_until_redis_has_heard_it(bed: Bed, monkeyp
     monkeypatch.setattr(mirror_module, "backoff_s", lambda _failures: 0.0)
     answers = iter((exceptions.ConnectionError(), OSError(), None))
     bed.redis.answers["WITHDRAW"] = lambda _keys, _args: next(answers)
-    await bed.mirror.withdraw("A" * 22, "key")
+    await bed.mirror.withdraw("A" * 22, "key", b"", 2)
     assert [call.args[0] for call in bed.redis.named("WITHDRAW")] == ["A" * 22] * 3
 
 
@@ -423,7 +423,7 @@ async def test_withdrawal_is_given_up_when_redis_has_forgotten_by_itself(
         return exceptions.ConnectionError()
 
     bed.redis.answers["WITHDRAW"] = fail
-    await bed.mirror.withdraw("A" * 22, "key")
+    await bed.mirror.withdraw("A" * 22, "key", b"", 2)
     assert bed.redis.count("WITHDRAW") == (RETENTION_S + LEASE_S) / LEASE_S
 
 
