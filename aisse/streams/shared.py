@@ -376,6 +376,10 @@ class Shared:
         except BaseException:
             stream.log.discard()
             raise
+        if stream.reason is None and found.ended_at is not None:
+            # Its time was over between the two calls. Followed, it would seem to have lost its producer.
+            stream.log.discard()
+            return False
         if stream.reason is None:
             self._followed[stream_id] = stream
             self._tailer.follow(stream)

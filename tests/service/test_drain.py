@@ -347,7 +347,8 @@ async def test_reader_that_takes_nothing_is_cut_off_after_the_deadline_and_not_e
 async def test_reader_that_has_taken_nothing_before_the_end_gets_no_time_for_its_last_bytes(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.service.drain._LAST_BYTES_S", 100.0)  # more than the test waits for, and less than stall_s
+    # More than the test waits for, and less than stall_s.
+    monkeypatch.setattr("aisse.service.drain._LAST_BYTES_S", 100.0)
 
     class Stalled:
         def tell(self, _control: bytes) -> None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import Server, eventually, prompt, serving
 from redis import exceptions
 
-from aisse.errors import KeyReusedError, LogUnavailableError, RequestError
+from aisse.errors import KeyReusedError, LogUnavailableError, RequestError, UnknownStreamError
 from aisse.formats.anthropic import Anthropic
 from aisse.replay import scripts
 from aisse.replay.memory import MemoryLog, ReplayMemory
@@ -255,6 +255,16 @@ async def test_end_elsewhere_has_the_time_that_redis_has(monkeypatch: pytest.Mon
         b.is_there(ended=7500)
         stream = await b.registry.find(ID)
         assert (stream.created_at, stream.ended_at, stream.reason) == (5.0, 7.5, Reason.COMPLETE)
+
+
+async def test_stream_whose_time_is_over_while_it_is_brought_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bed(monkeypatch) as b:
+        b.is_there(ended=7500)
+        b.redis.entries.clear()
+        with pytest.raises(UnknownStreamError):
+            await b.registry.find(ID)
+        assert b.registry.replay_bytes == 0
+        assert b.shared.followed(ID) is None
 
 
 async def test_stream_that_was_only_looked_at_is_let_go_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
