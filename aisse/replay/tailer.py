@@ -53,10 +53,12 @@ class Follower(Protocol):
 
     id: str
     log: Log
-    moved_until: float
-    """Until then readers that were moved from here may come back, on the loop's clock."""
     last_reader_stalled: bool
     """Whether the reader that left last had bytes waiting for it."""
+
+    @property
+    def moved_until(self) -> float:
+        """Until then readers that were moved from here may come back, on the loop's clock."""
 
     @property
     def reason(self) -> object:

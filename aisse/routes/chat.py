@@ -134,7 +134,7 @@ class _Chat:
         """Tells the client where its stream is read; it is read by another request."""
         with stream.asked():
             await stream.answerable(self._settings.first_byte_commit_s)
-            stream.expect_reader(asyncio.get_running_loop().time() + _FIRST_READER_S)
+            stream.leave.expect_reader(asyncio.get_running_loop().time() + _FIRST_READER_S)
         url = stream_url(stream.id, self._settings)
         return web.json_response(
             {"id": stream.id, "url": url, "status": stream.state.value},

@@ -40,7 +40,7 @@ class Farewell:
         if self.moving:
             # Now, and not when it is closed: clients that know the event leave by themselves.
             now = asyncio.get_running_loop().time()
-            reader.stream.moved_until = now + self._spread_s + _COME_BACK_S
+            reader.stream.leave.readers_moved(now + self._spread_s + _COME_BACK_S)
 
     def event(self, *, resume: bool) -> bytes:
         """The event that tells one reader when to come back if its connection ends.

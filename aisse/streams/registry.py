@@ -20,6 +20,7 @@ import structlog
 
 from aisse.errors import DrainingError, KeyReusedError, RequestError, StreamError, UnknownStreamError, UpstreamError
 from aisse.replay.memory import MemoryLog, ReplayMemory
+from aisse.streams.leave import LeaveTime
 from aisse.streams.relay import Relay
 from aisse.streams.stream import Reason, State, Stream
 from aisse.telemetry.rate import Rate
@@ -245,7 +246,7 @@ class Registry:
                 self._settings.read_ahead_bytes - 2 * self._settings.receive_buffer_bytes,
             ),
             stream_bytes=self._settings.stream_bytes,
-            leave_s=leave_s,
+            leave=LeaveTime(leave_s, self._shared.leave_grace_s if self._shared is not None else 0.0),
             on_left=self._left,
             on_end=self._ended,
         )
@@ -317,7 +318,7 @@ class Registry:
 
     def _left(self, stream: Stream) -> None:
         # With no leave time the upstream is cancelled now, not at the next sweep.
-        if stream.leaves_at is not None and stream.leaves_at <= asyncio.get_running_loop().time():
+        if stream.leave.over(asyncio.get_running_loop().time()):
             self.end(stream, Reason.ABANDONED)
 
     def _relay_done(self, stream: Stream, task: asyncio.Task[None]) -> None:
@@ -472,9 +473,7 @@ class Registry:
             return  # while this sweep let others run
         try:
             relay, _ = self._relays[stream.id]
-            # A reader that is back elsewhere is heard of a little later.
-            grace_s = self._shared.leave_grace_s if self._shared is not None and stream.leave_s else 0.0
-            if stream.leaves_at is not None and now >= stream.leaves_at + grace_s:
+            if stream.leave.over(now):
                 self.end(stream, Reason.ABANDONED)
             elif (late := relay.overdue(now)) is not None:
                 self.end(stream, Reason.TIMEOUT, late)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aisse.errors import LimitError, StreamError, UpstreamError
+from aisse.errors import LimitError, UpstreamError
 from aisse.formats.format import END, ERROR, PING, RESERVED, Mark
 from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
+from aisse.streams.deadlines import Deadlines
 from aisse.streams.stream import Reason, Stream, failure
 
 if TYPE_CHECKING:
@@ -32,13 +33,9 @@ class Relay:
 
     __slots__ = (
         "_bug",
-        "_bytes",
-        "_created",
-        "_events",
+        "_deadlines",
         "_follower",
         "_id_line",
-        "_last_byte",
-        "_last_content",
         "_loop",
         "_parser",
         "_question",
@@ -62,11 +59,7 @@ class Relay:
         self._follower = upstream.format.follow(stream.usage)
         self._parser = Parser(settings.max_event_bytes)
         self._id_line = b"\nid: " + stream.id.encode() + b"."
-        self._created = self._loop.time()
-        self._bytes = 0  # as of the last look
-        self._events = 0
-        self._last_byte = 0.0  # 0: none yet
-        self._last_content = self._created
+        self._deadlines = Deadlines(stream, settings)
         self._response_body: Body | None = None
         self._started = False
         self._bug: Exception | None = None
@@ -102,31 +95,9 @@ class Relay:
             self._question.hold.release()
         self._question = None
 
-    def overdue(self, now: float) -> StreamError | None:
-        """The upstream's limit that has passed at `now`, if any.
-
-        Asked once a second: what has come since is seen by its count, so that a chunk needs not read the clock.
-        """
-        settings = self._settings
-        held = self._stream.holds_back  # it is we who do not read
-        body = self._response_body
-        if body is not None and (held or body.size > self._bytes):
-            self._bytes = body.size
-            self._last_byte = now
-        if held or self._stream.content_events > self._events:
-            self._events = self._stream.content_events
-            self._last_content = now
-        if now - self._created >= settings.stream_s:
-            return _late("the answer took longer than the server allows", "took longer than stream_s")
-        if self._last_byte == 0.0:
-            if now - self._created >= settings.first_byte_s:
-                return _late("the upstream did not begin its answer in time", "no answer within first_byte_s")
-            return None
-        if now - self._last_byte >= settings.silence_s:
-            return _late("the upstream fell silent", "silent for silence_s")
-        if now - self._last_content >= settings.no_content_s:
-            return _late("the upstream sends pings only", "pings only for no_content_s")
-        return None
+    def overdue(self, now: float) -> UpstreamError | None:
+        """What is said of the upstream's limit that has passed at `now`; None while none has. Asked once a second."""
+        return self._deadlines.passed(now, self._response_body)
 
     async def _pump(self, response: UpstreamResponse) -> None:
         """Has every chunk relayed as it comes; waits for the end of the stream, and for slow readers."""
@@ -246,10 +217,6 @@ class Relay:
                     await self._woken()
         except TimeoutError:
             pass  # the answer is complete; only the connection is lost
-
-
-def _late(message: str, cause: str) -> UpstreamError:
-    return UpstreamError("timeout_error", message, 504, cause=cause)
 
 
 def _broken_off(body: Body) -> UpstreamError:

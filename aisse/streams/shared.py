@@ -26,6 +26,7 @@ from aisse.replay.memory import MemoryLog
 from aisse.replay.mirror import Mirror, interval_s
 from aisse.replay.tailer import BLOCK_S, Tailer
 from aisse.sse import Parser
+from aisse.streams.leave import LeaveTime
 from aisse.streams.stream import Elsewhere, Reason, Stream, ending, failure
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class FollowedStream(Stream):
             # Both are its producer's.
             read_ahead_bytes=1,
             stream_bytes=math.inf,
-            leave_s=math.inf,
+            leave=LeaveTime(math.inf),
             on_left=lambda _stream: None,
             on_end=on_end,
         )
@@ -98,6 +99,11 @@ class FollowedStream(Stream):
         self._follower = wire_format.follow(self.usage)
         self._usage_word = wire_format.usage_word
         self.start()  # its status is its producer's to know; whoever reads it here is told of a failure by an event
+
+    @property
+    def moved_until(self) -> float:
+        """Until then readers that were moved from here may come back, on the loop's clock."""
+        return self.leave.moved_until
 
     def publish(self, frames: bytes, last_seq: int) -> None:
         """Takes the usage that the frames tell, too: its relay is not here."""
@@ -309,7 +315,7 @@ class Shared:
     def moved_elsewhere(self, stream_id: str, within_s: float) -> None:
         """Readers that other instances have moved may come back within so many seconds."""
         if (stream := self._own.get(stream_id)) is not None:
-            stream.moved_until = max(stream.moved_until, asyncio.get_running_loop().time() + within_s)
+            stream.leave.readers_moved(asyncio.get_running_loop().time() + within_s)
 
     def nobody_elsewhere(self, stream: Stream, *, stalled: bool = False) -> None:
         """Other instances have no readers of it, or it has ended and they do without it."""
@@ -389,7 +395,7 @@ class Shared:
                     stream.log.discard()
                     return False
             if not stream.readers:
-                stream.left = asyncio.get_running_loop().time()
+                stream.leave.last_reader_left(asyncio.get_running_loop().time())
         else:
             stream.ended_at = found.ended_at or stream.ended_at
         return True
@@ -418,7 +424,8 @@ class Shared:
     def sweep(self, now: float) -> None:
         """Lets go of what nobody reads here. Asked once a second."""
         for stream in list(self._followed.values()):
-            if stream.left is not None and now - stream.left >= _UNREAD_S:
+            unread_since = stream.leave.unread_since
+            if unread_since is not None and now - unread_since >= _UNREAD_S:
                 del self._followed[stream.id]
                 self._tailer.unfollow(stream)
                 stream.log.discard()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from aisse.replay.memory import Log
+    from aisse.streams.leave import LeaveTime
 
 
 class State(enum.Enum):
@@ -148,8 +149,6 @@ class Stream:
     __slots__ = (
         "_caught_up",
         "_committed",
-        "_expected",
-        "_expected_by",
         "_furthest",
         "_gate",
         "_on_end",
@@ -167,10 +166,8 @@ class Stream:
         "id",
         "key",
         "last_reader_stalled",
-        "leave_s",
-        "left",
+        "leave",
         "log",
-        "moved_until",
         "reason",
         "state",
         "usage",
@@ -184,7 +181,7 @@ class Stream:
         now: float,
         read_ahead_bytes: int,
         stream_bytes: float,
-        leave_s: float,
+        leave: LeaveTime,
         on_left: Callable[[Stream], None],
         on_end: Callable[[Stream], None],
     ) -> None:
@@ -200,15 +197,12 @@ class Stream:
         self.ended: float | None = None
         self.ended_at: float | None = None
         self.key: tuple[bytes, str] | None = None  # the registry's, where the request had one
-        self.left: float | None = None
-        self.leave_s = leave_s
+        self.leave = leave
+        """When it is to end for want of a reader."""
         self.content_events = 0
         self._committed = False
-        self._expected = 0  # who was told of the stream, and has not come to read it
-        self._expected_by = 0.0
-        self.moved_until = 0.0
-        """Until then readers that were moved may come back; it does not end before for want of a reader."""
         self.last_reader_stalled = False
+        """Whether bytes were waiting for the reader that left last."""
         self._readers: set[AttachedReader] = set()
         self._caught_up: dict[AttachedReader, None] = {}  # readers at the tail, in the order in which they got there
         self._furthest = 0
@@ -271,7 +265,7 @@ class Stream:
         # Without a reader the stream runs on for one that may come back. Not so if the last one left bytes untaken:
         # it was the brake, and running on would fill the memory with what nobody has asked for. A stream that is to go
         # on without readers was asked for, and would stand still for good.
-        tight = self._readers or (self.last_reader_stalled and self.leave_s < math.inf)
+        tight = self._readers or (self.last_reader_stalled and self.leave.leave_s < math.inf)
         return self.log.tail - self._furthest >= (self._read_ahead_bytes if tight else self._stream_bytes)
 
     async def flow(self) -> None:
@@ -320,27 +314,10 @@ class Stream:
 
     # --- the readers' side ------------------------------------------------------------------------------------
 
-    @property
-    def leaves_at(self) -> float | None:
-        """When a stream that nobody reads is to end, on the loop's clock; None while somebody does."""
-        return max(self.left + self.leave_s, self._expected_by, self.moved_until) if self.left is not None else None
-
-    def expect_reader(self, by: float) -> None:
-        """Somebody was told of the stream without reading it: it does not end before `by` for want of a reader."""
-        self._expected += 1
-        self._expected_by = max(self._expected_by, by)
-
     def attach(self, reader: AttachedReader, *, expected: bool = False) -> None:
-        """Counts a reader from now on, before it has been answered.
-
-        One that was `expected` has come: once all have, the leave time counts. Nobody else shortens their time.
-        """
+        """Counts a reader from now on, before it has been answered; `expected` is LeaveTime's."""
         self._readers.add(reader)
-        self.left = None
-        if expected and self._expected:
-            self._expected -= 1
-            if not self._expected:
-                self._expected_by = 0.0
+        self.leave.reader_came(expected=expected)
 
     def detach(self, reader: AttachedReader, *, stalled: bool = False) -> None:
         """The reader is gone; `stalled` if bytes were waiting for it, as for one that is evicted. Idempotent."""
@@ -351,7 +328,7 @@ class Stream:
         if not isinstance(reader, _Asker):
             self.last_reader_stalled = stalled
         if not self._readers:
-            self.left = asyncio.get_running_loop().time()
+            self.leave.last_reader_left(asyncio.get_running_loop().time())
             self._on_left(self)
         self._open_gate()
 

@@ -481,7 +481,7 @@ async def test_accepted_stream_that_nobody_reads_is_abandoned(
         path = await accepted(server, "[[fault=stall at=3]]")
         stream = stream_of(server, path)
         await eventually(lambda: server.registry.active_streams == 0)
-        assert stream.left + 0.1 <= stream.ended
+        assert stream.leave.unread_since + 0.1 <= stream.ended
         assert (await state(server, path))["reason"] == "abandoned"
         await eventually(lambda: simulator.stats.aborted == 1)
 
@@ -797,7 +797,7 @@ async def test_leave_time_of_the_request_replaces_the_default(simulator: Simulat
         client.close()
         await eventually(lambda: server.registry.active_streams == 0)
         # Compared as it is computed: a difference of two such sums may come out a rounding error short.
-        assert stream.left + 0.3 <= stream.ended
+        assert stream.leave.unread_since + 0.3 <= stream.ended
         assert (await state(server, path))["reason"] == "abandoned"
 
 

@@ -403,7 +403,7 @@ async def test_time_of_readers_that_others_have_moved_is_never_shortened(monkeyp
         b.shared.moved_elsewhere("unknown", 3.0)
         Reading(stream).leave()
         assert stream.reason is None
-        assert now + 12 <= (stream.leaves_at or 0) < now + 13
+        assert now + 12 <= (stream.leave.ends_at or 0) < now + 13
 
 
 def held(stream: Stream) -> bool:
@@ -573,7 +573,7 @@ async def test_drain_moves_who_has_heard_it_and_cuts_off_who_takes_nothing(monke
             assert (fresh.parted, fresh.evicted) == (False, False)
             assert all(b'"resume":true' in reader.controls[0] for reader in (told, fresh, stalled))
             # For as long as they may take to come back the stream does not end for want of a reader.
-            assert stream.moved_until > asyncio.get_running_loop().time() + b.settings.reconnect_spread_s
+            assert stream.leave.moved_until > asyncio.get_running_loop().time() + b.settings.reconnect_spread_s
         stream.finish(Reason.COMPLETE)
         await draining
 

@@ -28,6 +28,7 @@ from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.settings import Settings
 from aisse.sse import HEARTBEAT, frame, opening, reconnect
 from aisse.streams import registry as registry_module
+from aisse.streams.leave import LeaveTime
 from aisse.streams.reader import RETRY_MS, Reader, StreamResponse
 from aisse.streams.registry import Registry
 from aisse.streams.stream import Reason, State, Stream
@@ -118,7 +119,7 @@ async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
         now=asyncio.get_running_loop().time(),
         read_ahead_bytes=effective.read_ahead_bytes,
         stream_bytes=effective.stream_bytes,
-        leave_s=effective.leave_s,
+        leave=LeaveTime(effective.leave_s),
         on_left=lambda _: None,
         on_end=lambda _: None,
     )
@@ -630,9 +631,9 @@ async def test_stream_of_an_evicted_reader_stays_stopped_and_ends_as_abandoned(s
         stopped_at = stream.log.tail
         await eventually(lambda: server.registry.active_streams == 0)
         assert stream.reason is Reason.ABANDONED
-        assert stream.left is not None
+        assert stream.leave.unread_since is not None
         assert stream.ended is not None
-        assert stream.left + 0.6 <= stream.ended
+        assert stream.leave.unread_since + 0.6 <= stream.ended
         # Its `error` and `end` were added, and no more: what it had not taken already exceeds what it comes back for.
         assert stream.log.tail < stopped_at + 1000
         await eventually(lambda: simulator.stats.aborted == 1)
@@ -1066,7 +1067,7 @@ class Model:
             now=asyncio.get_running_loop().time(),
             read_ahead_bytes=read_ahead_bytes,
             stream_bytes=1 << 30,
-            leave_s=60,
+            leave=LeaveTime(60),
             on_left=lambda _: None,
             on_end=lambda _: None,
         )

@@ -451,10 +451,10 @@ async def test_stream_goes_on_for_its_leave_time_and_ends_as_abandoned() -> None
         assert goes_on(stream)
         await eventually(lambda: stream.reason is not None)
         assert stream.reason is Reason.ABANDONED
-        assert stream.left is not None
+        assert stream.leave.unread_since is not None
         assert stream.ended is not None
         # Compared as it is computed: a difference of two such sums may come out a rounding error short.
-        assert stream.left + 0.4 <= stream.ended < stream.left + 5
+        assert stream.leave.unread_since + 0.4 <= stream.ended < stream.leave.unread_since + 5
         await eventually(lambda: b.upstream.waiting == 0)
 
 
@@ -470,10 +470,10 @@ async def test_reader_that_comes_back_within_the_leave_time_saves_the_stream() -
         assert goes_on(stream)
         # Its time begins anew when that one leaves, too.
         again.leave()
-        assert stream.left is not None
+        assert stream.leave.unread_since is not None
         await eventually(lambda: stream.reason is Reason.ABANDONED)
         assert stream.ended is not None
-        assert stream.ended >= stream.left + 0.3
+        assert stream.ended >= stream.leave.unread_since + 0.3
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------

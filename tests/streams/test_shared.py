@@ -634,12 +634,12 @@ async def test_readers_moved_by_an_instance_that_only_follows_have_their_time(re
             await moved.get(path)
             await moved.answered()
             await eventually(lambda: stream.readers == 1)
-            assert stream.moved_until == 0
+            assert stream.leave.moved_until == 0
             await f.instances[1].drain.run()
             await moved.read_to_end()
         await eventually(lambda: stream.readers == 0)
         assert stream.reason is None
-        assert (stream.leaves_at or 0) > asyncio.get_running_loop().time() + 5
+        assert (stream.leave.ends_at or 0) > asyncio.get_running_loop().time() + 5
         async with f.get(2, path, moved.written.frames[-1].seq) as back:
             assert back.status == 200
             await back.content.readuntil(b"\n\n")
@@ -656,14 +656,14 @@ async def test_late_joiner_leaves_those_their_time_that_were_moved(redis: Redis)
             drain = asyncio.create_task(f.instances[0].drain.run())
             try:
                 await moved.read_to_end()
-                until = stream.leaves_at
+                until = stream.leave.ends_at
                 assert until is not None
                 headers = {"Last-Event-ID": f"{path[-22:]}.1"}
                 async with f.client.post(f.instances[0].chat, json=prompt("hello"), headers=headers) as late:
                     assert late.status == 200
-                    assert stream.left is None
-                await eventually(lambda: stream.left is not None)
-                assert max(stream.leaves_at or 0, 0) >= until
+                    assert stream.leave.unread_since is None
+                await eventually(lambda: stream.leave.unread_since is not None)
+                assert max(stream.leave.ends_at or 0, 0) >= until
                 assert stream.reason is None
             finally:
                 drain.cancel()

@@ -20,6 +20,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from aisse.errors import StreamError, UpstreamError
 from aisse.replay.memory import SEGMENT_BYTES, MemoryLog, ReplayMemory
 from aisse.sse import Parser, frame
+from aisse.streams.leave import LeaveTime
 from aisse.streams.stream import HOLE, TRANSITIONS, WITHOUT_ERROR, Elsewhere, Reason, State, Stream, ending, failure
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def make_stream(
         now=asyncio.get_running_loop().time(),
         read_ahead_bytes=read_ahead_bytes,
         stream_bytes=stream_bytes,
-        leave_s=leave_s,
+        leave=LeaveTime(leave_s),
         on_left=on_left,
         on_end=on_end,
     )
@@ -536,12 +537,12 @@ async def test_last_reader_that_leaves_is_reported_once() -> None:
     assert stream.readers == 2
     stream.detach(reader)
     stream.detach(reader)
-    assert (stream.readers, stream.left is None, left) == (1, True, [])
+    assert (stream.readers, stream.leave.unread_since is None, left) == (1, True, [])
     stream.detach(other)
     stream.detach(other)
-    assert (stream.readers, stream.left is None, left) == (0, False, [stream])
+    assert (stream.readers, stream.leave.unread_since is None, left) == (0, False, [stream])
     behind(stream)
-    assert (stream.readers, stream.left is None, left) == (1, True, [stream])
+    assert (stream.readers, stream.leave.unread_since is None, left) == (1, True, [stream])
 
 
 async def test_last_reader_that_leaves_may_end_the_stream() -> None:
@@ -557,15 +558,15 @@ async def test_last_reader_that_leaves_may_end_the_stream() -> None:
 
 def time_left(stream: Stream) -> float:
     """How long the stream goes on from now on without readers."""
-    assert stream.leaves_at is not None
-    return stream.leaves_at - asyncio.get_running_loop().time()
+    assert stream.leave.ends_at is not None
+    return stream.leave.ends_at - asyncio.get_running_loop().time()
 
 
 async def test_stream_goes_on_until_everybody_has_come_who_was_told_of_it() -> None:
     stream = make_stream(leave_s=0)
     now = asyncio.get_running_loop().time()
-    stream.expect_reader(now + 100)
-    stream.expect_reader(now + 50)
+    stream.leave.expect_reader(now + 100)
+    stream.leave.expect_reader(now + 50)
     for _ in range(2):
         reader = FakeReader()
         stream.attach(reader)  # it knew of the stream by itself
@@ -576,26 +577,6 @@ async def test_stream_goes_on_until_everybody_has_come_who_was_told_of_it() -> N
         stream.attach(reader, expected=True)
         stream.detach(reader)
         assert (time_left(stream) > 90) is expects
-
-
-async def test_readers_that_were_moved_have_their_time_whoever_joins() -> None:
-    stream = make_stream(leave_s=0)
-    stream.moved_until = asyncio.get_running_loop().time() + 100
-    for expected in (False, True):
-        reader = FakeReader()
-        stream.attach(reader, expected=expected)
-        stream.detach(reader)
-        assert time_left(stream) > 90
-
-
-async def test_somebody_who_is_expected_where_nobody_was_told_shortens_nothing() -> None:
-    """A second tab may come before the stream's 202 was told."""
-    stream = make_stream(leave_s=0)
-    early = FakeReader()
-    stream.attach(early, expected=True)
-    stream.expect_reader(asyncio.get_running_loop().time() + 100)
-    stream.detach(early)
-    assert time_left(stream) > 90
 
 
 def finish(stream: Stream, _readers: list[FakeReader]) -> None:
@@ -1205,7 +1186,7 @@ class Streams(RuleBasedStateMachine):
     def readers_are_counted(self) -> None:
         assert self.stream.readers == len(self.attached)
         assert self.left_calls == self.leaves
-        assert (self.stream.left is None) == (bool(self.attached) or not self.leaves)
+        assert (self.stream.leave.unread_since is None) == (bool(self.attached) or not self.leaves)
 
     def the_gate_is_where_it_should_be(self) -> None:
         self.reached = max([self.reached, *(client.connection.taken for client in self.clients)])
