@@ -18,11 +18,12 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from aisse.errors import DrainingError, KeyReusedError, RequestError, StreamError, UnknownStreamError, UpstreamError
+from aisse.errors import DrainingError, KeyReusedError, RequestError, UnknownStreamError, UpstreamError
 from aisse.replay.memory import MemoryLog, ReplayMemory
+from aisse.streams.endings import Reason
 from aisse.streams.leave import LeaveTime
 from aisse.streams.relay import Relay
-from aisse.streams.stream import Reason, State, Stream
+from aisse.streams.stream import State, Stream
 from aisse.telemetry.rate import Rate
 from aisse.upstream.question import Bodies
 
@@ -122,7 +123,7 @@ class Registry:
         """
         self.draining = True
         for stream in list(self._running.values()):
-            self.end(stream, Reason.SHUTDOWN)
+            stream.finish(Reason.SHUTDOWN)
         tasks = [task for _, task in self._relays.values()]
         for task in tasks:
             task.cancel()
@@ -170,7 +171,7 @@ class Registry:
     async def stop(self, stream_id: str) -> None:
         """Somebody asked for it. Idempotent, also for a stream that has ended. Raises as `find` does."""
         if (stream := self._running.get(stream_id)) is not None:
-            self.end(stream, Reason.STOPPED)
+            stream.finish(Reason.STOPPED)
         elif stream_id not in self._finished and not (
             self._shared is not None and await self._shared.ask_to_stop(stream_id)
         ):
@@ -265,11 +266,6 @@ class Registry:
         if self.draining:
             raise DrainingError
 
-    def end(self, stream: Stream, reason: Reason, error: StreamError | None = None) -> None:
-        """Ends a stream from outside its relay and closes its upstream's connection at once. Idempotent."""
-        if stream.finish(reason, error):
-            self._close_upstream(stream)
-
     @contextlib.contextmanager
     def reading(self, reader: Reader) -> Iterator[None]:
         """Has the sweep look after `reader` for as long as the block runs."""
@@ -299,18 +295,6 @@ class Registry:
         if self._idle is not None and not self._idle.done() and not busy:
             self._idle.set_result(None)
 
-    def bury(self, stream: Stream, frames: bytes, last_seq: int) -> None:
-        """Ends a stream by the frames with which another instance has; none where it is not known how. Idempotent."""
-        if not frames:
-            self.end(stream, Reason.PRODUCER_LOST)
-        else:
-            stream.conclude(frames, last_seq)
-            self._close_upstream(stream)
-
-    def _close_upstream(self, stream: Stream) -> None:
-        if (owned := self._relays.get(stream.id)) is not None:
-            owned[1].cancel()
-
     def keep(self, stream: Stream) -> None:
         """A stream from elsewhere has ended, and is kept like those from here."""
         self._finished[stream.id] = stream
@@ -319,7 +303,7 @@ class Registry:
     def _left(self, stream: Stream) -> None:
         # With no leave time the upstream is cancelled now, not at the next sweep.
         if stream.leave.over(asyncio.get_running_loop().time()):
-            self.end(stream, Reason.ABANDONED)
+            stream.finish(Reason.ABANDONED)
 
     def _relay_done(self, stream: Stream, task: asyncio.Task[None]) -> None:
         relay, _ = self._relays.pop(stream.id)
@@ -356,7 +340,9 @@ class Registry:
             self._release(stream)
         if self._shared is not None:
             self._shared.nobody_elsewhere(stream)
-        owned = self._relays.get(stream.id)
+        relay, task = self._relays.get(stream.id, (None, None))
+        if relay is not None and task is not None and not relay.finished:
+            task.cancel()  # whoever ended it, nothing is generated that nobody gets
         _log.info(
             "stream ended",
             stream_id=stream.id[:8],
@@ -368,7 +354,7 @@ class Registry:
             error_type=error.kind if error is not None else None,
             upstream_status=error.upstream_status if isinstance(error, UpstreamError) else None,
             upstream_error=cause,
-            upstream_request_id=owned[0].request_id if owned is not None else None,
+            upstream_request_id=relay.request_id if relay is not None else None,
             **stream.usage,
         )
         self._tell_idle()
@@ -474,12 +460,12 @@ class Registry:
         try:
             relay, _ = self._relays[stream.id]
             if stream.leave.over(now):
-                self.end(stream, Reason.ABANDONED)
+                stream.finish(Reason.ABANDONED)
             elif (late := relay.overdue(now)) is not None:
-                self.end(stream, Reason.TIMEOUT, late)
+                stream.finish(Reason.TIMEOUT, late)
         except Exception:
             _log.exception("stream failed", stream_id=stream.id[:8])
-            self.end(stream, Reason.ERROR)
+            stream.finish(Reason.ERROR)
 
     # --- what operators see -----------------------------------------------------------------------------------
 

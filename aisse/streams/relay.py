@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aisse.errors import LimitError, UpstreamError
+from aisse.errors import LimitError, StreamError, UpstreamError
 from aisse.formats.format import END, ERROR, PING, RESERVED, Mark
 from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
 from aisse.streams.deadlines import Deadlines
-from aisse.streams.stream import Reason, Stream, failure
+from aisse.streams.endings import Reason, failure
 
 if TYPE_CHECKING:
     from aisse.settings import Settings
+    from aisse.streams.stream import Stream
     from aisse.upstream.body import Body
     from aisse.upstream.client import Upstream
     from aisse.upstream.connection import UpstreamResponse
@@ -45,10 +46,13 @@ class Relay:
         "_stream",
         "_upstream",
         "_waiter",
+        "finished",
         "request_id",
     )
 
     def __init__(self, stream: Stream, upstream: Upstream, question: Question, settings: Settings) -> None:
+        self.finished = False
+        """Whether it has ended its stream by itself, and comes to its own end."""
         self.request_id: str | None = None
         """The upstream's name for the request, where it has said one."""
         self._loop = asyncio.get_running_loop()
@@ -78,7 +82,7 @@ class Relay:
             error.__cause__ = error.__context__ = None
             self.request_id = error.request_id
             reason = Reason.TIMEOUT if error.status == 504 else Reason.ERROR
-            self._stream.finish(reason, error.with_traceback(None))
+            self._finish(reason, error.with_traceback(None))
             return
         self.request_id = response.request_id
         try:
@@ -94,6 +98,10 @@ class Relay:
         if self._question is not None and self._question.hold is not None:
             self._question.hold.release()
         self._question = None
+
+    def _finish(self, reason: Reason, error: StreamError | None = None) -> None:
+        self.finished = True
+        self._stream.finish(reason, error)
 
     def overdue(self, now: float) -> UpstreamError | None:
         """What is said of the upstream's limit that has passed at `now`; None while none has. Asked once a second."""
@@ -158,19 +166,17 @@ class Relay:
                 # Half of an event may look like a whole one where a server crashed.
                 self._publish([event for event in self._parser.finish() if self._follower.is_whole(data_of(event[1]))])
                 if self._follower.is_complete():
-                    stream.finish(Reason.COMPLETE)
+                    self._finish(Reason.COMPLETE)
         except Exception as error:
             self._bug = error
         if self._bug is None and stream.reason is None:
-            stream.finish(Reason.TRUNCATED, _broken_off(body))
+            self._finish(Reason.TRUNCATED, _broken_off(body))
         self._wake()
 
     def _refuse_event(self, error: EventTooLargeError) -> None:
         self._publish(error.args[0])
         limit = self._settings.max_event_bytes
-        self._stream.finish(
-            Reason.LIMIT, LimitError("limit_error", f"the upstream sent an event of over {limit} bytes")
-        )
+        self._finish(Reason.LIMIT, LimitError("limit_error", f"the upstream sent an event of over {limit} bytes"))
 
     def _publish(self, events: list[RawEvent]) -> None:
         stream = self._stream
@@ -203,9 +209,9 @@ class Relay:
                 self.let_go()
                 stream.start()
         if end is END:
-            stream.finish(Reason.COMPLETE)
+            self._finish(Reason.COMPLETE)
         elif end is ERROR:
-            stream.finish(Reason.ERROR, self._upstream.failure(data_of(body)))
+            self._finish(Reason.ERROR, self._upstream.failure(data_of(body)))
 
     async def _read_tail(self) -> None:
         body = self._response_body

@@ -26,8 +26,9 @@ from aisse.replay.memory import MemoryLog
 from aisse.replay.mirror import Mirror, interval_s
 from aisse.replay.tailer import BLOCK_S, Tailer
 from aisse.sse import Parser
+from aisse.streams.endings import Reason, ending, failure
 from aisse.streams.leave import LeaveTime
-from aisse.streams.stream import Elsewhere, Reason, Stream, ending, failure
+from aisse.streams.stream import StandIn, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -55,12 +56,6 @@ _log = structlog.get_logger("aisse.shared")
 
 class Owner(Protocol):
     """What the shared log needs of the registry. Everything is synchronous, and idempotent."""
-
-    def end(self, stream: Stream, reason: Reason) -> None:
-        """Ends a stream that runs here."""
-
-    def bury(self, stream: Stream, frames: bytes, last_seq: int) -> None:
-        """Ends a stream that runs here by the frames with which another instance has; none where those are unknown."""
 
     def keep(self, stream: Stream) -> None:
         """Takes a stream from elsewhere that has ended."""
@@ -138,7 +133,7 @@ class Shared:
         self._opening: dict[str, asyncio.Task[bool]] = {}
         self._withdrawing: dict[asyncio.Task[None], str] = {}  # and the key that is about to be free, if there is one
         self._running: list[asyncio.Task[None]] = []
-        self._elsewhere: dict[str, Elsewhere] = {}
+        self._elsewhere: dict[str, StandIn] = {}
         self._own: Mapping[str, Stream]
         self._owner: Owner
         self._mirror: Mirror
@@ -308,7 +303,7 @@ class Shared:
         # First: who has taken everything before it left was no brake.
         stream.advance(position)
         if instances:
-            stream.attach(self._elsewhere.setdefault(stream_id, Elsewhere()))
+            stream.attach(self._elsewhere.setdefault(stream_id, StandIn()))
         else:
             self.nobody_elsewhere(stream, stalled=stalled)
 
@@ -327,13 +322,16 @@ class Shared:
     def stop_asked(self, stream_id: str) -> None:
         """Somebody asked another instance to stop the stream."""
         if (stream := self._own.get(stream_id)) is not None:
-            self._owner.end(stream, Reason.STOPPED)
+            stream.finish(Reason.STOPPED)
 
     def lost(self, stream_id: str, frames: bytes, last_seq: int) -> None:
-        """Another instance has ended the stream."""
+        """Another instance has ended the stream; `frames` are empty where it is not known how."""
         if (stream := self._own.get(stream_id)) is not None:
             _log.warning("stream lost to other instances", stream_id=stream_id[:8])
-            self._owner.bury(stream, frames, last_seq)
+            if frames:
+                stream.conclude(frames, last_seq)
+            else:
+                stream.finish(Reason.PRODUCER_LOST)
 
     def held_back(self, stream_id: str) -> bool:
         """Whether the stream waits for its readers."""

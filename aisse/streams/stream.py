@@ -4,7 +4,8 @@
        └──────────────────────►┘
 
 Everything here is synchronous, so that within one step of the event loop a frame is in the log, with every reader
-that is up to date, and counted. `finish` is the only place that writes `error` and `end`; the first call wins.
+that is up to date, and counted. A stream ends in one of two ways: `finish` ends it here for a reason, `conclude` as
+another instance says. The first call wins, and `on_end` tells whoever owns the stream.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from aisse.errors import StreamError
-from aisse.sse import data_of, frame
+from aisse.streams.endings import HOLE, Reason, ending, failure, told_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from aisse.errors import StreamError
     from aisse.replay.memory import Log
     from aisse.streams.leave import LeaveTime
 
@@ -43,70 +43,6 @@ TRANSITIONS = {
 }
 
 
-class Reason(enum.StrEnum):
-    """Why a stream ended, as `end` says it."""
-
-    COMPLETE = "complete"
-    STOPPED = "stopped"
-    ABANDONED = "abandoned"
-    ERROR = "error"
-    TRUNCATED = "truncated"
-    TIMEOUT = "timeout"
-    LIMIT = "limit"
-    SHUTDOWN = "shutdown"
-    PRODUCER_LOST = "producer_lost"
-
-
-WITHOUT_ERROR = frozenset({Reason.COMPLETE, Reason.STOPPED})
-
-_MESSAGES = {
-    Reason.ABANDONED: "nobody was left to read this answer",
-    Reason.ERROR: "this answer failed inside the server",
-    Reason.TRUNCATED: "the upstream broke off before the end of its answer",
-    Reason.TIMEOUT: "the upstream took too long",
-    Reason.LIMIT: "this answer is longer than the server allows",
-    Reason.SHUTDOWN: "the server is shutting down",
-    Reason.PRODUCER_LOST: "the server that was generating this answer is gone",
-}
-
-# What a client gets that has not been answered yet, 502 for every other reason.
-_STATUSES = {Reason.TIMEOUT: 504, Reason.SHUTDOWN: 503}
-
-
-# By so much the numbers jump before the error of a lost producer. Its readers may have been told more than the shared
-# log got: of a reader whose last number both a lost event and the end had, nobody could tell what it has seen.
-HOLE = 10**9
-
-
-def ending(
-    stream_id: str, seq: int, reason: Reason, error: StreamError | None, usage: dict[str, int]
-) -> tuple[bytes, int]:
-    """The frames that end a stream whose last event has number `seq`, and the number of the last of them.
-
-    `error` is there for every reason but those `WITHOUT_ERROR`.
-    """
-    events = seq
-    if reason is Reason.PRODUCER_LOST:
-        seq += HOLE
-    frames = b""
-    if error is not None:
-        seq += 1
-        events += 1
-        frames = frame("error", _json(error.body()), f"{stream_id}.{seq}")
-    end = {"type": "end", "reason": reason, "events": events, "usage": usage}
-    seq += 1
-    return frames + frame("end", _json(end), f"{stream_id}.{seq}"), seq
-
-
-def failure(reason: Reason) -> StreamError | None:
-    """What is said of a stream that ends for `reason` where nothing closer is known; None where nothing is wrong."""
-    if reason in WITHOUT_ERROR:
-        return None
-    retry_after = "1" if reason is Reason.SHUTDOWN else None
-    kind = "api_error" if reason is Reason.ERROR else f"{reason}_error"
-    return StreamError(kind, _MESSAGES[reason], _STATUSES.get(reason, 502), retry_after)
-
-
 class AttachedReader(Protocol):
     """What a stream knows of a reader."""
 
@@ -120,24 +56,24 @@ class AttachedReader(Protocol):
         """Lets the reader's own task look at the stream again."""
 
 
-class _StandIn:
-    """Counts as a reader, and is written nothing."""
+class StandIn:
+    """Counts as a reader that is behind, and is written nothing.
 
-    position = 0
+    One stands for somebody who waits for the answer's status only, one for all the readers that a stream has on other
+    instances, which tell how far they are.
+    """
+
+    __slots__ = ("position",)
+
+    def __init__(self) -> None:
+        self.position = 0
 
     def push(self, _frames: bytes) -> bool:
+        """Is never at the tail."""
         return False
 
     def wake(self) -> None:
-        pass
-
-
-class _Asker(_StandIn):
-    """Somebody who waits for the answer's status only."""
-
-
-class Elsewhere(_StandIn):
-    """The readers that a stream has on other instances, like one that is behind: they tell how far they are."""
+        """Has no task."""
 
 
 class Stream:
@@ -278,28 +214,27 @@ class Stream:
                 self._gate = None
 
     def finish(self, reason: Reason, error: StreamError | None = None) -> bool:
-        """Ends the stream: `error` unless it went well, then `end`. False, and nothing happens, if it had ended."""
+        """Ends the stream here, for a reason: `error` unless it went well, then `end`.
+
+        False, and nothing happens, if it had ended.
+        """
         if self.state is State.ENDED:
             return False
         if error is None:
             error = failure(reason)
         frames, seq = ending(self.id, self.log.last_seq, reason, error, self.usage)
-        self._conclude(reason, error, frames, seq, time.time())
+        self._end(reason, error, frames, seq, time.time())
         return True
 
     def conclude(self, frames: bytes, last_seq: int, ended_at: float | None = None) -> None:
-        """Ends the stream by `frames`, the last of which is an `end` that was written elsewhere. Idempotent."""
+        """Ends the stream as it was ended elsewhere: by `frames`, the last of which is `end`. Idempotent."""
         if self.state is State.ENDED:
             return
-        end = frames[:-2].rpartition(b"\n\n")[2]
-        said = json.loads(data_of(end.rpartition(b"\nid: ")[0]))
-        reason = Reason(said["reason"])
-        self.usage.update(said["usage"])
-        self._conclude(reason, failure(reason), frames, last_seq, ended_at or time.time())
+        reason, usage = told_by(frames)
+        self.usage.update(usage)
+        self._end(reason, failure(reason), frames, last_seq, ended_at or time.time())
 
-    def _conclude(
-        self, reason: Reason, error: StreamError | None, frames: bytes, last_seq: int, ended_at: float
-    ) -> None:
+    def _end(self, reason: Reason, error: StreamError | None, frames: bytes, last_seq: int, ended_at: float) -> None:
         self._enter(State.ENDED)
         self.reason = reason
         self.error = error
@@ -325,8 +260,7 @@ class Stream:
             return
         self._readers.remove(reader)
         self.fall_behind(reader)
-        if not isinstance(reader, _Asker):
-            self.last_reader_stalled = stalled
+        self.last_reader_stalled = stalled
         if not self._readers:
             self.leave.last_reader_left(asyncio.get_running_loop().time())
             self._on_left(self)
@@ -351,12 +285,13 @@ class Stream:
     @contextlib.contextmanager
     def asked(self) -> Iterator[None]:
         """Counts somebody who waits for an answer without reading, like a reader that is never up to date."""
-        asker = _Asker()
+        asker = StandIn()
         self.attach(asker)
         try:
             yield
         finally:
-            self.detach(asker)
+            # It took nothing, so whoever left before it is still the one that counts.
+            self.detach(asker, stalled=self.last_reader_stalled)
 
     async def answerable(self, commit_s: float) -> None:
         """Returns once requests can be answered with 200, at the latest `commit_s` after the stream's creation.
@@ -401,8 +336,3 @@ class Stream:
     def _open_gate(self) -> None:
         if self._gate is not None and not self._gate.done() and not self.holds_back:
             self._gate.set_result(None)
-
-
-def _json(value: object) -> str:
-    # ASCII: an upstream may have put lone surrogates or U+2028 into its message.
-    return json.dumps(value, separators=(",", ":"))

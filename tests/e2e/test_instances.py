@@ -20,7 +20,7 @@ from conftest import eventually, prompt
 from rawclient import parse
 from redis_server import any_binary, redis_server
 
-from aisse.streams.stream import HOLE
+from aisse.streams.endings import HOLE
 
 if TYPE_CHECKING:
     import contextlib

@@ -21,7 +21,7 @@ from aisse.replay.mirror import interval_s
 from aisse.replay.scripts import entries_key, state_key
 from aisse.replay.tailer import Found, Tailer, is_end
 from aisse.sse import frame
-from aisse.streams.stream import Reason, ending, failure
+from aisse.streams.endings import Reason, ending, failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -25,10 +25,10 @@ from aisse.service.drain import Drain
 from aisse.settings import Settings
 from aisse.sse import frame
 from aisse.streams import shared as shared_module
+from aisse.streams.endings import Reason, ending
 from aisse.streams.farewell import Farewell
 from aisse.streams.registry import KEPT_BYTES, Registry
 from aisse.streams.shared import FollowedStream, Shared
-from aisse.streams.stream import Reason, Stream, ending
 from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from aisse.simulator import Simulator
+    from aisse.streams.stream import Stream
     from aisse.upstream.connection import UpstreamResponse
 
 NOWHERE = "http://127.0.0.1:9"

@@ -40,7 +40,7 @@ from aisse.formats.anthropic import Anthropic
 from aisse.replay.mirror import interval_s
 from aisse.service.connection import connections
 from aisse.settings import Settings
-from aisse.streams.stream import HOLE
+from aisse.streams.endings import HOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

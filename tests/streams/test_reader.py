@@ -28,10 +28,11 @@ from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.settings import Settings
 from aisse.sse import HEARTBEAT, frame, opening, reconnect
 from aisse.streams import registry as registry_module
+from aisse.streams.endings import Reason
 from aisse.streams.leave import LeaveTime
 from aisse.streams.reader import RETRY_MS, Reader, StreamResponse
 from aisse.streams.registry import Registry
-from aisse.streams.stream import Reason, State, Stream
+from aisse.streams.stream import State, Stream
 from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 

@@ -21,10 +21,11 @@ from aisse.formats.anthropic import Anthropic, AnthropicFollower
 from aisse.settings import Settings
 from aisse.sse import frame
 from aisse.streams import registry as registry_module
+from aisse.streams.endings import Reason
 from aisse.streams.reader import Reader
 from aisse.streams.registry import KEPT_BYTES, Registry
 from aisse.streams.relay import Relay
-from aisse.streams.stream import Reason, State, Stream
+from aisse.streams.stream import State, Stream
 from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
@@ -161,7 +162,7 @@ async def test_streams_up_to_the_limit_are_taken_and_one_past_it_refused() -> No
         assert (refused.value.status, refused.value.retry_after_s) == (503, 5)
         assert b.registry.generations == 3
         assert any("max_streams" in trouble for trouble in b.registry.troubles())
-        b.registry.end(streams[0], Reason.STOPPED)
+        streams[0].finish(Reason.STOPPED)
         b.create()
         assert b.registry.active_streams == 3
 
@@ -251,7 +252,7 @@ async def test_memory_full_of_running_streams_refuses_new_ones_until_one_has_end
         assert (refused.value.status, refused.value.retry_after_s) == (503, 5)
         assert any("replay_bytes" in trouble for trouble in b.registry.troubles())
         assert [stream.state for stream in streams] == [State.STREAMING] * 4
-        b.registry.end(streams[2], Reason.STOPPED)
+        streams[2].finish(Reason.STOPPED)
         assert not b.registry.troubles()
         b.create()
         assert b.kept == []
@@ -351,12 +352,12 @@ async def test_end_closes_the_upstream_and_a_second_end_does_nothing() -> None:
         reader = Attached(stream)
         await eventually(lambda: b.upstream.waiting == 1)
         with capture_logs() as logs:
-            b.registry.end(stream, Reason.TIMEOUT, UpstreamError("timeout_error", "late", 504))
-            b.registry.end(stream, Reason.STOPPED)
-            b.registry.end(stream, Reason.LIMIT, LimitError("limit_error", "no"))
+            stream.finish(Reason.TIMEOUT, UpstreamError("timeout_error", "late", 504))
+            stream.finish(Reason.STOPPED)
+            stream.finish(Reason.LIMIT, LimitError("limit_error", "no"))
             await eventually(lambda: b.upstream.waiting == 0)
             await eventually(lambda: not b.registry._relays)
-            b.registry.end(stream, Reason.STOPPED)
+            stream.finish(Reason.STOPPED)
         assert stream.reason is Reason.TIMEOUT
         assert reader.got.count(b"event: end\n") == 1
         assert b.registry.failed == 1
@@ -656,7 +657,7 @@ async def test_sweep_over_hundreds_of_records_lets_others_run_in_between(monkeyp
         turns.append(len(looked_at))
         assert all(after - before <= 10 for before, after in itertools.pairwise(turns))
         # One that ends, and one that begins, while a sweep waits for its turn.
-        b.registry.end(streams[99], Reason.STOPPED)
+        streams[99].finish(Reason.STOPPED)
         b.create()
         await eventually(sweeps(b.registry)(2))
         assert b.registry.active_streams == 100

@@ -20,8 +20,9 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from aisse.errors import StreamError, UpstreamError
 from aisse.replay.memory import SEGMENT_BYTES, MemoryLog, ReplayMemory
 from aisse.sse import Parser, frame
+from aisse.streams.endings import HOLE, Reason, ending, failure
 from aisse.streams.leave import LeaveTime
-from aisse.streams.stream import HOLE, TRANSITIONS, WITHOUT_ERROR, Elsewhere, Reason, State, Stream, ending, failure
+from aisse.streams.stream import TRANSITIONS, StandIn, State, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -273,10 +274,6 @@ async def test_reader_ahead_of_a_lost_producer_gets_its_end(cursor: int) -> None
     stream.finish(Reason.PRODUCER_LOST)
     assert stream.log.position_after(cursor) == len(before)
     assert stream.log.position_after(1) == len(before) // 2
-
-
-def test_only_what_went_well_ends_without_error() -> None:
-    assert {Reason.COMPLETE, Reason.STOPPED} == WITHOUT_ERROR
 
 
 async def test_error_that_is_given_is_what_readers_are_told() -> None:
@@ -678,7 +675,7 @@ async def test_upstream_stays_held_back_after_the_last_reader_left_stalled() -> 
 async def test_upstream_stays_held_back_after_readers_elsewhere_left_stalled() -> None:
     """They were the brake as much as one here is."""
     stream = make_stream()
-    elsewhere = Elsewhere()
+    elsewhere = StandIn()
     stream.attach(elsewhere)
     publish_bytes(stream, READ_AHEAD)
     flow = Flow(stream)
