@@ -18,6 +18,7 @@ from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from aisse.sse import HEARTBEAT, opening
+from aisse.streams.latch import Latch
 from aisse.streams.stream import State
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Reader:
         "_last_taken",
         "_last_write",
         "_loop",
+        "_off_tail",
         "_output_bytes",
         "_protocol",
         "_seq",
@@ -113,7 +115,6 @@ class Reader:
         "_taken",
         "_told",
         "_transport",
-        "_waiter",
         "_write_buffer_bytes",
         "_writer",
         "_written",
@@ -154,7 +155,7 @@ class Reader:
         self._closing = False  # nothing may be written any more
         self._control = b""
         self._told: float | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._off_tail = Latch()
         self._written = 0  # as of the last look
         self._last_write = 0.0
         self._taken = 0
@@ -187,7 +188,7 @@ class Reader:
 
     async def _serve(self, request: web.Request, response: StreamResponse) -> None:
         stream = self.stream
-        self.position = self._start()
+        self.position = self._beginning()
         ahead = self._is_ahead()
         await self._open(request, response)
         if ahead:
@@ -196,7 +197,7 @@ class Reader:
                 await self._write_control()
                 stream.advance(stream.log.tail)  # it asked for none of that: waiting for it must not close the gate
                 await asyncio.sleep(_AHEAD_S)
-            self.position = self._start()
+            self.position = self._beginning()
         while True:
             await self._write_what_is_logged()
             if stream.state is State.ENDED:
@@ -204,7 +205,7 @@ class Reader:
             if self._closing:
                 raise ConnectionResetError("moved")
             stream.catch_up(self)
-            await self._leave_tail()
+            await self._off_tail.wait()  # `push` has found the socket full, or the stream has ended
         # A heartbeat after the last chunk would be taken for the next response on this connection.
         self._closing = True
         # Here and not by returning: the sweep must still see a peer that never takes the last bytes, be they few.
@@ -213,7 +214,7 @@ class Reader:
         self._transport.set_write_buffer_limits(high=0)
         await response.finish()
 
-    def _start(self) -> int:
+    def _beginning(self) -> int:
         log = self.stream.log
         if self.stream.state is State.ENDED and self._seq >= log.last_seq:
             return log.position_after(log.last_seq - 1)
@@ -240,7 +241,7 @@ class Reader:
         self._protocol = request.protocol
         self._last_taken = self._loop.time()
         # In one send with the headers: Firefox gives up for good on a response that breaks between the two.
-        frames = self._take(self._write_buffer_bytes)
+        frames = self._next_frames(self._write_buffer_bytes)
         await writer.write(opening(RETRY_MS, f"{self.stream.id}.{self._seq}") + frames, drain=False)
         # From here on nothing but `_write` writes, until write_eof.
         self._chunked = writer.chunked
@@ -251,7 +252,7 @@ class Reader:
         self._closing = True
         self.evict()
 
-    def _take(self, limit: int) -> bytes:
+    def _next_frames(self, limit: int) -> bytes:
         """Whole frames from the log to be written at once: `limit` bytes, or a frame more; empty at the tail."""
         frames = self._read(limit)
         if self._compact is not None:
@@ -293,7 +294,7 @@ class Reader:
             # drain() also returns when the connection was lost cleanly; the next write raises then.
             # Half a buffer at a time: what the kernel is given at once it keeps, whether the client takes it or not.
             # Compact it is a whole one, for the sake of few frames.
-            frames = self._take(self._write_buffer_bytes // (1 if self._compact else 2))
+            frames = self._next_frames(self._write_buffer_bytes // (1 if self._compact else 2))
             if not frames:
                 if self._control:
                     continue  # told while the socket was waited for: nobody else would write it
@@ -301,14 +302,6 @@ class Reader:
             self._write(frames)
             if self._compact:
                 await asyncio.sleep(0)  # merging took a while: others first
-
-    async def _leave_tail(self) -> None:
-        """Waits until `push` has found the socket full, or the stream has ended."""
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     def _write(self, data: bytes) -> None:
         """Writes whole frames or lines as one chunk. Raises ConnectionError where the connection is gone."""
@@ -369,8 +362,7 @@ class Reader:
 
     def wake(self) -> None:
         """Lets `run` look at the stream again."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._off_tail.open()
 
     # --- called by the registry's sweep -----------------------------------------------------------------------
 

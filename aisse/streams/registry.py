@@ -21,6 +21,7 @@ import structlog
 from aisse.errors import DrainingError, KeyReusedError, RequestError, UnknownStreamError, UpstreamError
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.streams.endings import Reason
+from aisse.streams.latch import Latch
 from aisse.streams.leave import LeaveTime
 from aisse.streams.relay import Relay
 from aisse.streams.stream import State, Stream
@@ -86,7 +87,7 @@ class Registry:
         self._sweeper: asyncio.Task[None] | None = None
         self.draining = False
         """No stream is started any more."""
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = Latch()
         self.generations = 0
         self.failed = 0
         self._output_tokens = 0  # of streams that have ended
@@ -105,15 +106,12 @@ class Registry:
 
     async def idle(self, within_s: float) -> bool:
         """Whether all streams have ended and all requests are answered, now or `within_s`. One caller at a time."""
-        self._idle = asyncio.get_running_loop().create_future()
-        self._tell_idle()
-        try:
-            async with asyncio.timeout(within_s):
-                await self._idle
-        except TimeoutError:
-            return False
-        finally:
-            self._idle = None
+        if self._busy:
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                return False
         return True
 
     async def close(self) -> None:
@@ -186,22 +184,22 @@ class Registry:
         stream. Else one waits for the other if they have the same key. Cancelling it leaves the key to the next.
         """
         digest = question.digest
-        if (started := self._started(key, digest)) is not None:
-            return started
+        if (stream := self._known(key, digest)) is not None:
+            return stream
         if self._shared is None:
-            return self._start(key, question, leave_s)
+            return self._create_for(key, question, leave_s)
         claiming = self._claiming.setdefault(key, asyncio.Lock())
         while True:
             async with claiming:
-                if (started := self._started(key, digest)) is not None:
-                    return started
+                if (stream := self._known(key, digest)) is not None:
+                    return stream
                 self.admit()
                 claimed, holder = await self._shared.claim(key, digest)
                 if holder is None:
                     raise KeyReusedError
                 if holder == claimed:
                     try:
-                        return self._start(key, question, leave_s, claimed)
+                        return self._create_for(key, question, leave_s, claimed)
                     except BaseException:
                         self._shared.renounce(claimed, key)
                         raise
@@ -209,14 +207,14 @@ class Registry:
                 return await self.find(holder)
             # It was refused meanwhile, and has left the key to whoever comes next.
 
-    def _started(self, key: Key, digest: bytes) -> Stream | None:
+    def _known(self, key: Key, digest: bytes) -> Stream | None:
         if (known := self._keys.get(key)) is None:
             return None
         if known[1] != digest:
             raise KeyReusedError
         return known[0]
 
-    def _start(self, key: Key, question: Question, leave_s: float, stream_id: str | None = None) -> Stream:
+    def _create_for(self, key: Key, question: Question, leave_s: float, stream_id: str | None = None) -> Stream:
         stream = self.create(question, leave_s, stream_id, (key, question.digest))
         stream.key = key
         self._keys[key] = stream, question.digest
@@ -290,10 +288,13 @@ class Registry:
         """The readers that the sweep looks after now."""
         return list(self._readers)
 
+    @property
+    def _busy(self) -> bool:
+        return bool(self._running or self._readers or self._unanswered)
+
     def _tell_idle(self) -> None:
-        busy = self._running or self._readers or self._unanswered
-        if self._idle is not None and not self._idle.done() and not busy:
-            self._idle.set_result(None)
+        if not self._busy:
+            self._idle.open()
 
     def keep(self, stream: Stream) -> None:
         """A stream from elsewhere has ended, and is kept like those from here."""

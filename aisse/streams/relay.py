@@ -15,6 +15,7 @@ from aisse.formats.format import END, ERROR, PING, RESERVED, Mark
 from aisse.sse import EventTooLargeError, Parser, RawEvent, data_of
 from aisse.streams.deadlines import Deadlines
 from aisse.streams.endings import Reason, failure
+from aisse.streams.latch import Latch
 
 if TYPE_CHECKING:
     from aisse.settings import Settings
@@ -33,19 +34,18 @@ class Relay:
     """Runs one generation. `run` is one task's; `overdue` is asked from outside, once a second."""
 
     __slots__ = (
+        "_begun",
         "_bug",
         "_deadlines",
         "_follower",
         "_id_line",
-        "_loop",
+        "_news",
         "_parser",
         "_question",
         "_response_body",
         "_settings",
-        "_started",
         "_stream",
         "_upstream",
-        "_waiter",
         "finished",
         "request_id",
     )
@@ -55,7 +55,6 @@ class Relay:
         """Whether it has ended its stream by itself, and comes to its own end."""
         self.request_id: str | None = None
         """The upstream's name for the request, where it has said one."""
-        self._loop = asyncio.get_running_loop()
         self._stream = stream
         self._upstream = upstream
         self._question: Question | None = question
@@ -65,9 +64,9 @@ class Relay:
         self._id_line = b"\nid: " + stream.id.encode() + b"."
         self._deadlines = Deadlines(stream, settings)
         self._response_body: Body | None = None
-        self._started = False
+        self._begun = False
         self._bug: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._news = Latch()  # for the task: what the event loop was given has changed what is to be done
 
     async def run(self) -> None:
         """Relays until the stream has ended, by whomever. Cancellation closes the upstream's connection at once.
@@ -124,18 +123,7 @@ class Relay:
             else:
                 # Paused by `_receive`, and the readers have caught up before this task had its turn.
                 body.resume()
-                await self._woken()
-
-    async def _woken(self) -> None:
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+                await self._news.wait()
 
     def _receive(self, chunk: bytes) -> None:
         stream = self._stream
@@ -148,15 +136,15 @@ class Relay:
         except Exception as error:
             # The event loop called: it would blame the connection. The task raises it.
             self._bug = error
-            self._wake()
+            self._news.open()
             return
         if stream.holds_back:
             # At once and not when the task runs: by then the socket may have given more.
             assert self._response_body is not None
             self._response_body.pause()
-            self._wake()
+            self._news.open()
         elif self._stream.reason is not None:
-            self._wake()
+            self._news.open()
 
     def _receive_end(self) -> None:
         stream, body = self._stream, self._response_body
@@ -171,7 +159,7 @@ class Relay:
             self._bug = error
         if self._bug is None and stream.reason is None:
             self._finish(Reason.TRUNCATED, _broken_off(body))
-        self._wake()
+        self._news.open()
 
     def _refuse_event(self, error: EventTooLargeError) -> None:
         self._publish(error.args[0])
@@ -204,10 +192,10 @@ class Relay:
         stream.content_events += content
         if frames:
             stream.publish(frames[0] if len(frames) == 1 else b"".join(frames), seq)
-            if content and not self._started:
-                self._started = True
+            if content and not self._begun:
+                self._begun = True
                 self.let_go()
-                stream.start()
+                stream.begin()
         if end is END:
             self._finish(Reason.COMPLETE)
         elif end is ERROR:
@@ -220,7 +208,7 @@ class Relay:
         try:
             async with asyncio.timeout(_TAIL_S):
                 while not body.ended:
-                    await self._woken()
+                    await self._news.wait()
         except TimeoutError:
             pass  # the answer is complete; only the connection is lost
 

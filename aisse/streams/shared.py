@@ -93,7 +93,7 @@ class FollowedStream(Stream):
         self.created_at = created_at
         self._follower = wire_format.follow(self.usage)
         self._usage_word = wire_format.usage_word
-        self.start()  # its status is its producer's to know; whoever reads it here is told of a failure by an event
+        self.begin()  # its status is its producer's to know; whoever reads it here is told of a failure by an event
 
     @property
     def moved_until(self) -> float:

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from aisse.streams.endings import HOLE, Reason, ending, failure, told_by
+from aisse.streams.latch import Latch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -85,13 +86,13 @@ class Stream:
     __slots__ = (
         "_caught_up",
         "_committed",
+        "_decision",
         "_furthest",
         "_gate",
         "_on_end",
         "_on_left",
         "_read_ahead_bytes",
         "_readers",
-        "_started",
         "_stream_bytes",
         "content_events",
         "created",
@@ -146,8 +147,8 @@ class Stream:
         self._stream_bytes = stream_bytes
         self._on_left = on_left
         self._on_end = on_end
-        self._gate: asyncio.Future[None] | None = None
-        self._started: asyncio.Future[None] | None = None
+        self._gate = Latch()
+        self._decision: asyncio.Future[None] | None = None
 
     @property
     def readers(self) -> int:
@@ -161,11 +162,11 @@ class Stream:
         position = self.log.tail
         self.log.append(frames, last_seq)
         if blocked := [reader for reader in self._caught_up if not reader.push(frames)]:
-            self._leave_tail(blocked, position)
+            self._expel(blocked, position)
         if self.log.tail > self._stream_bytes:
             self.finish(Reason.LIMIT)
 
-    def start(self) -> None:
+    def begin(self) -> None:
         """The upstream has sent its first event that is neither ping nor error."""
         if self.state is State.WAITING:
             self._enter(State.STREAMING)
@@ -176,7 +177,7 @@ class Stream:
         if self.state is State.ENDED:
             return  # a refused stream's log is gone: there is nothing left that a 200 could carry
         self._committed = True
-        self._resolve_started()
+        self._decide()
 
     @property
     def events(self) -> int:
@@ -207,11 +208,7 @@ class Stream:
     async def flow(self) -> None:
         """Returns once the upstream may be read on. One caller; cancelling it is safe."""
         while self.holds_back:
-            self._gate = asyncio.get_running_loop().create_future()
-            try:
-                await self._gate
-            finally:
-                self._gate = None
+            await self._gate.wait()
 
     def finish(self, reason: Reason, error: StreamError | None = None) -> bool:
         """Ends the stream here, for a reason: `error` unless it went well, then `end`.
@@ -242,9 +239,9 @@ class Stream:
         self.ended_at = ended_at
         self.publish(frames, last_seq)
         self.log.seal()
-        self._resolve_started()
+        self._decide()
         self._open_gate()
-        self._leave_tail(tuple(self._caught_up), self.log.tail)
+        self._expel(tuple(self._caught_up), self.log.tail)
         self._on_end(self)
 
     # --- the readers' side ------------------------------------------------------------------------------------
@@ -274,7 +271,7 @@ class Stream:
     def fall_behind(self, reader: AttachedReader) -> None:
         """Has the reader's own task write what comes next, if it stood at the tail."""
         if reader in self._caught_up:
-            self._leave_tail((reader,), self.log.tail)
+            self._expel((reader,), self.log.tail)
 
     def advance(self, position: int) -> None:
         """A reader that is behind has got as far as `position`."""
@@ -301,23 +298,23 @@ class Stream:
         left_s = self.created + commit_s - asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(max(0.0, left_s)):
-                await self.started()
+                await self.decided()
         except TimeoutError:
             self.commit()
         if self.refusal is not None:
             # Of its own for each who asks: a raised error keeps the frames that it came through.
             raise dataclasses.replace(self.refusal)
 
-    async def started(self) -> None:
+    async def decided(self) -> None:
         """Returns once it is known what to answer: committed, or ended. Cancelling it is safe."""
         if self._committed or self.state is State.ENDED:
             return
-        if self._started is None:
-            self._started = asyncio.get_running_loop().create_future()
+        if self._decision is None:
+            self._decision = asyncio.get_running_loop().create_future()
         # Shielded, because several readers may wait for the same future and one of them may leave.
-        await asyncio.shield(self._started)
+        await asyncio.shield(self._decision)
 
-    def _leave_tail(self, readers: Iterable[AttachedReader], position: int) -> None:
+    def _expel(self, readers: Iterable[AttachedReader], position: int) -> None:
         for reader in readers:
             del self._caught_up[reader]
             self._furthest = max(self._furthest, position)
@@ -329,10 +326,10 @@ class Stream:
             raise AssertionError(f"{self.state} -> {state}")
         self.state = state
 
-    def _resolve_started(self) -> None:
-        if self._started is not None and not self._started.done():
-            self._started.set_result(None)
+    def _decide(self) -> None:
+        if self._decision is not None and not self._decision.done():
+            self._decision.set_result(None)
 
     def _open_gate(self) -> None:
-        if self._gate is not None and not self._gate.done() and not self.holds_back:
-            self._gate.set_result(None)
+        if not self.holds_back:
+            self._gate.open()

@@ -124,7 +124,7 @@ async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
         on_left=lambda _: None,
         on_end=lambda _: None,
     )
-    stream.start()
+    stream.begin()
     readers: list[Reader] = []
     begun: list[float] = []
 
@@ -1072,7 +1072,7 @@ class Model:
             on_left=lambda _: None,
             on_end=lambda _: None,
         )
-        self.stream.start()
+        self.stream.begin()
         self.frames: list[Frame] = []
         self.clients: list[list[Connection]] = []
         self.server = web.Server(self.handle, handler_cancellation=True)

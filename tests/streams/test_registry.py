@@ -119,7 +119,7 @@ def goes_on(stream: Stream) -> bool:
 
 
 def publish(stream: Stream, size: int = 1000) -> None:
-    stream.start()
+    stream.begin()
     seq = stream.log.last_seq + 1
     stream.publish(frame("content_block_delta", "x" * size, f"{stream.id}.{seq}"), seq)
 

@@ -1301,8 +1301,9 @@ async def test_slow_reader_elsewhere_that_leaves_still_holds_the_upstream_back(r
                 stood = stood + 0.1 if stream.log.tail == before and stream.holds_back else 0.0
         await eventually(lambda: stream.readers == 0)
         assert stream.holds_back
-        assert stream._gate is not None
-        assert not stream._gate.done()
+        waiter = stream._gate._waiter
+        assert waiter is not None
+        assert not waiter.done()
 
 
 async def test_reader_elsewhere_that_stalls_and_leaves_early_holds_the_upstream_back_too(redis: Redis) -> None:

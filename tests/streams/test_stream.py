@@ -172,7 +172,7 @@ class Flow:
 async def test_stream_waits_then_streams_then_ends() -> None:
     stream = make_stream()
     assert state_of(stream) is State.WAITING
-    stream.start()
+    stream.begin()
     assert state_of(stream) is State.STREAMING
     stream.finish(Reason.COMPLETE)
     assert state_of(stream) is State.ENDED
@@ -186,11 +186,11 @@ async def test_stream_may_end_while_it_waits() -> None:
 
 async def test_stream_started_again_or_after_its_end_stays_as_it_is() -> None:
     stream = make_stream()
-    stream.start()
-    stream.start()
+    stream.begin()
+    stream.begin()
     assert state_of(stream) is State.STREAMING
     stream.finish(Reason.COMPLETE)
-    stream.start()
+    stream.begin()
     assert state_of(stream) is State.ENDED
 
 
@@ -395,7 +395,7 @@ async def test_failure_before_the_commit_is_a_refusal() -> None:
 
 
 async def test_failure_after_the_commit_is_none() -> None:
-    for commit in (Stream.commit, Stream.start):
+    for commit in (Stream.commit, Stream.begin):
         stream = make_stream()
         commit(stream)
         stream.finish(Reason.ERROR)
@@ -420,30 +420,30 @@ async def test_commit_after_the_end_takes_no_refusal_back() -> None:
 
 @pytest.mark.parametrize(
     "decide",
-    [Stream.commit, Stream.start, lambda stream: stream.finish(Reason.ERROR)],
-    ids=["commit", "start", "finish"],
+    [Stream.commit, Stream.begin, lambda stream: stream.finish(Reason.ERROR)],
+    ids=["commit", "begin", "finish"],
 )
-async def test_started_waits_until_it_is_decided(decide: Callable[[Stream], object]) -> None:
+async def test_decided_waits_until_it_is_decided(decide: Callable[[Stream], object]) -> None:
     stream = make_stream()
-    waiting = [asyncio.create_task(stream.started()) for _ in range(3)]
+    waiting = [asyncio.create_task(stream.decided()) for _ in range(3)]
     for _ in range(5):
         await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
     decide(stream)
     async with asyncio.timeout(60):
         await asyncio.gather(*waiting)
-        await stream.started()
+        await stream.decided()
 
 
-async def test_started_survives_that_one_of_its_waiters_leaves() -> None:
+async def test_decided_survives_that_one_of_its_waiters_leaves() -> None:
     stream = make_stream()
-    leaving, staying = (asyncio.create_task(stream.started()) for _ in range(2))
+    leaving, staying = (asyncio.create_task(stream.decided()) for _ in range(2))
     await asyncio.sleep(0)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
     assert not staying.done()
-    stream.start()
+    stream.begin()
     async with asyncio.timeout(60):
         await staying
 
@@ -1056,7 +1056,7 @@ class Streams(RuleBasedStateMachine):
         if len(b"".join(self.frames)) > self.stream_bytes:
             self.expected_reason = Reason.LIMIT
         self.stream.publish(b"".join(added), len(self.frames))
-        self.stream.start()
+        self.stream.begin()
         if self.stream.holds_back:
             self.flow = Flow(self.stream)
 
