@@ -14,7 +14,8 @@ from aisse.errors import RequestError, UnknownStreamError
 from aisse.guard.access import Access
 from aisse.routes.intake import read_away
 from aisse.routes.question import read_question
-from aisse.streams.reader import Reader, StreamResponse, stream_url, turn_away
+from aisse.streams.reader import Reader
+from aisse.streams.response import StreamResponse, stream_url, turn_away
 from aisse.streams.stream import State
 
 if TYPE_CHECKING:

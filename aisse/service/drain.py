@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from aisse.streams.reader import BREAK_OFF_S
+from aisse.streams.response import BREAK_OFF_S
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -30,8 +30,10 @@ from aisse.sse import HEARTBEAT, frame, opening, reconnect
 from aisse.streams import registry as registry_module
 from aisse.streams.endings import Reason
 from aisse.streams.leave import LeaveTime
-from aisse.streams.reader import RETRY_MS, Reader, StreamResponse
+from aisse.streams.outlet import Outlet
+from aisse.streams.reader import Reader
 from aisse.streams.registry import Registry
+from aisse.streams.response import RETRY_MS, StreamResponse
 from aisse.streams.stream import State, Stream
 from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
@@ -172,7 +174,12 @@ async def fill_kernel(request: web.Request) -> None:
 
 
 def is_blocked(reader: Reader) -> bool:
-    return reader._protocol is not None and reader._protocol.writing_paused
+    return reader._outlet is not None and reader._outlet.full
+
+
+def outlet_of(reader: Reader) -> Outlet:
+    assert reader._outlet is not None
+    return reader._outlet
 
 
 def is_at_tail(reader: Reader) -> bool:
@@ -180,7 +187,7 @@ def is_at_tail(reader: Reader) -> bool:
 
 
 def written_bytes(reader: Reader) -> int:
-    return reader._output_bytes
+    return outlet_of(reader).output_bytes
 
 
 def suspends(coroutine: Coroutine[Any, Any, None]) -> bool:
@@ -232,8 +239,7 @@ def fast_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_write_without_drain_never_suspends_even_where_the_socket_is_full() -> None:
     async with one_stream() as one, one.reading() as (_, reader):
-        writer = reader._writer
-        assert writer is not None
+        writer = outlet_of(reader)._writer
         assert not suspends(writer.write(b"x" * 100, drain=False))
         await one.fill(reader)
         assert not suspends(writer.write(b"x" * 200_000, drain=False))
@@ -268,8 +274,7 @@ async def test_ping_task_of_aiohttp_sse_writes_nothing() -> None:
 
 async def test_write_buffer_limit_of_the_setting_is_where_writing_pauses() -> None:
     async with one_stream(write_buffer_bytes=8192) as one, one.reading() as (client, reader):
-        assert reader._transport is not None
-        assert reader._transport.get_write_buffer_limits() == (2048, 8192)
+        assert outlet_of(reader)._transport.get_write_buffer_limits() == (2048, 8192)
         await one.fill(reader)
         # One past the limit, by no more than the write that crossed it.
         assert 8192 < reader.buffered_bytes <= 8192 + 1200
@@ -293,16 +298,14 @@ async def test_reader_that_takes_nothing_of_a_long_log_has_few_bytes_waiting(que
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels report the size that was asked for")
 async def test_send_buffer_of_the_setting_is_what_the_kernel_has() -> None:
     async with one_stream(send_buffer_bytes=16 << 10) as one, one.reading() as (_, reader):
-        assert reader._transport is not None
-        sock = reader._transport.get_extra_info("socket")
+        sock = outlet_of(reader)._transport.get_extra_info("socket")
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * (16 << 10)  # socket(7): doubled
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
 async def test_kernel_gives_a_silent_peer_up_after_the_sweep_had_time_to_evict_it() -> None:
     async with one_stream(stall_s=7) as one, one.reading() as (_, reader):
-        assert reader._transport is not None
-        sock = reader._transport.get_extra_info("socket")
+        sock = outlet_of(reader)._transport.get_extra_info("socket")
         # The sweep sees the last byte taken up to a second late, and the end of stall_s as much again.
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) > (7 + 2 * registry_module.SWEEP_S) * 1000
 
@@ -310,8 +313,7 @@ async def test_kernel_gives_a_silent_peer_up_after_the_sweep_had_time_to_evict_i
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the kernel has no such limit")
 async def test_kernel_is_asked_to_keep_little_that_is_not_sent() -> None:
     async with one_stream() as one, one.reading() as (_, reader):
-        assert reader._transport is not None
-        sock = reader._transport.get_extra_info("socket")
+        sock = outlet_of(reader)._transport.get_extra_info("socket")
         limit = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
         assert limit == one.settings.write_buffer_bytes // 4
 
@@ -319,7 +321,7 @@ async def test_kernel_is_asked_to_keep_little_that_is_not_sent() -> None:
 async def test_exception_in_a_reader_cuts_its_client_off_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What answers other errors would write its answer into the middle of the stream."""
 
-    async def fail(_self: Reader) -> None:
+    async def fail(_self: Reader, _outlet: Outlet) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Reader, "_write_what_is_logged", fail)
@@ -340,8 +342,7 @@ async def test_exception_in_a_reader_that_takes_nothing_ends_its_connection_at_o
     """To close it would wait for what is left to be taken, and no sweep looks after it any more."""
     async with one_stream(stall_s=3600) as one, one.reading() as (_, reader):
         await one.fill(reader)
-        protocol = reader._protocol
-        assert protocol is not None
+        protocol = outlet_of(reader)._protocol
         await eventually(lambda: protocol._drain_waiter is not None)
         assert protocol._drain_waiter is not None
         protocol._drain_waiter.set_exception(RuntimeError("a bug"))
@@ -727,14 +728,14 @@ async def test_reader_on_a_connection_that_is_full_already_has_its_whole_stall_t
 async def test_reader_that_fails_in_a_write_is_cut_off_and_the_stream_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async with one_stream() as one, one.reading() as (bad_client, bad), one.reading() as (client, _):
 
-        def fail(_self: Reader, _data: bytes) -> None:
+        def fail(_self: Outlet, _data: bytes) -> None:
             raise RuntimeError("a bug")
 
         one.publish()
         await bad_client.read_until(has_chunks(2))
         with monkeypatch.context() as patch:
-            write = Reader._write
-            patch.setattr(Reader, "_write", lambda self, data: (fail if self is bad else write)(self, data))
+            write = Outlet.write
+            patch.setattr(Outlet, "write", lambda self, data: (fail if self is outlet_of(bad) else write)(self, data))
             one.publish()
             await eventually(lambda: one.stream.readers == 1)
             await bad_client.read_to_end()
@@ -789,8 +790,7 @@ async def test_reader_that_half_closes_with_a_few_bytes_waiting_leaves_at_the_ne
                 await asyncio.sleep(0.15)
         assert not is_blocked(reader)
         client.sock.shutdown(socket.SHUT_WR)
-        transport = reader._transport
-        assert transport is not None
+        transport = outlet_of(reader)._transport
         await eventually(transport.is_closing)
         assert one.stream.readers == 1
         one.publish()
