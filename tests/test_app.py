@@ -71,7 +71,7 @@ async def test_connection_that_sends_nothing_more_is_closed_after_keep_alive_s(s
 async def test_client_that_leaves_while_it_waits_is_noticed_at_once(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 3600.0)  # it is not the sweep that notices
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 3600.0)  # it is not the sweep that notices
     async with serving(simulator.url, leave_s=0) as server:
         async with connected(server.address) as connection:
             await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[first_s=3600]]")).encode()))

@@ -29,24 +29,24 @@ def routes(
     """`/health`, `/health/live`, `/health/ready`."""
 
     async def health(_request: web.Request) -> web.Response:
-        troubles = registry.troubles()
-        stalled, oldest_s = registry.stalls()
+        troubles = registry.figures.troubles()
+        stalled, oldest_s = registry.figures.stalls()
         body: dict[str, object] = {
             "status": "draining" if registry.draining else "degraded" if troubles else "healthy",
             "activeStreams": registry.active_streams,
             "totalRequests": registry.generations,
-            "failedRequests": registry.failed,
-            "totalTokens": registry.output_tokens,
+            "failedRequests": registry.figures.failed,
+            "totalTokens": registry.figures.output_tokens,
             "uptimeSeconds": int(uptime_s()),
             "memoryMB": round(resident_bytes() / (1 << 20)),
-            "tokensPerSecond": round(registry.tokens_per_second(), 1),
+            "tokensPerSecond": round(registry.figures.tokens_per_second(), 1),
             "readers": registry.readers,
             "stalledReaders": stalled,
             "oldestStallSeconds": round(oldest_s, 1),
-            "bufferedBytes": registry.buffered_bytes,
+            "bufferedBytes": registry.figures.buffered_bytes,
             "replayBytes": registry.replay_bytes,
             "bodiesBytes": registry.bodies.used,
-            "eventLoopLagMs": round(registry.loop_lag_s * 1000, 1),
+            "eventLoopLagMs": round(registry.figures.loop_lag_s * 1000, 1),
             "logLinesDropped": log_lines_dropped(),
             "log": log_kind(settings),
             "upstream": upstream_name,

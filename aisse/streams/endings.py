@@ -75,6 +75,12 @@ def failure(reason: Reason) -> StreamError | None:
     return StreamError(kind, _MESSAGES[reason], _STATUSES.get(reason, 502), retry_after)
 
 
+def never_began(stream_id: str, seq: int = 0) -> tuple[bytes, int]:
+    """The frames that end a stream for readers elsewhere where its producer is well, but has no answer to give."""
+    error = StreamError("api_error", "this answer never began; ask again")
+    return ending(stream_id, seq, Reason.ERROR, error, {"input_tokens": 0, "output_tokens": 0})
+
+
 def told_by(frames: bytes) -> tuple[Reason, dict[str, int]]:
     """The reason and the usage that `frames` tell, the last of which is an `end` of ours."""
     end = frames[:-2].rpartition(b"\n\n")[2]

@@ -33,12 +33,12 @@ class Farewell:
         self._telling = True
 
     def greet(self, reader: Reader) -> None:
-        """Tells a reader, if it is time for that; one that is moved is waited for."""
+        """Tells a reader, if it is time for that. A stream waits for readers that are moved."""
         if not self._telling:
             return
         reader.tell(self.event(resume=self.moving))
         if self.moving:
-            # Now, and not when it is closed: clients that know the event leave by themselves.
+            # Their time begins now, and not when they are closed: clients that know the event leave by themselves.
             now = asyncio.get_running_loop().time()
             reader.stream.leave.readers_moved(now + self._spread_s + _COME_BACK_S)
 

@@ -72,7 +72,7 @@ class Reader:
     ) -> None:
         """Continues after event `seq`; `compact` merges runs of deltas where the reader is behind (see Format).
 
-        `expected` is who may be the one that was told of the stream's URL.
+        `expected` says that this may be the reader who was told of the stream's URL.
 
         At or beyond the end of a stream that has ended, `end` is written again. Beyond the tail of one that runs, the
         reader waits for it: a producer that crashed may have told its readers more than it had put into a shared log.
@@ -122,7 +122,7 @@ class Reader:
         ahead = self._is_ahead()
         outlet = await self._open(request, response)
         if ahead:
-            # After a crash only: being woken by the stream instead would cost every token of every stream.
+            # This happens after a crash only. To be woken by the stream instead would cost every token of every stream.
             while self._is_ahead():
                 await self._write_control(outlet)
                 stream.advance(stream.log.tail)  # it asked for none of that: waiting for it must not close the gate
@@ -198,7 +198,7 @@ class Reader:
             # Where the connection was lost cleanly this returns, too; the next write raises then.
             await outlet.room()
             # Half a buffer at a time: what the kernel is given at once it keeps, whether the client takes it or not.
-            # Compact it is a whole one, for the sake of few frames.
+            # A compact reader writes a whole one, for the sake of few frames.
             frames = self._next_frames(self._write_buffer_bytes // (1 if self._compact else 2))
             if not frames:
                 if self._control:

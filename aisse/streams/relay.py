@@ -1,8 +1,8 @@
 """One upstream response, cut into numbered frames, published to one stream.
 
 A chunk is relayed in the step of the event loop in which its socket gave it: parsed, numbered, logged and written to
-every reader at the tail, without a task being woken. Where all readers are slow the stream's gate closes, the socket
-is not read any more, its small buffer fills, and TCP tells the upstream.
+every reader at the tail, without a task being woken. Where all readers are slow, the stream's gate closes and the
+socket is not read any more; its small buffer fills, and TCP tells the upstream.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ _TAIL_S = 1.0
 
 
 class Relay:
-    """Runs one generation. `run` is one task's; `overdue` is asked from outside, once a second."""
+    """Runs one generation. `run` is one task's; the event loop calls `_receive` with what the socket gave.
+
+    - Nothing that follows the end of its stream is relayed (test_events_after_the_terminal_event_are_not_relayed).
+    - It ends exactly one stream, whatever the upstream does and whatever bug it meets
+      (test_exception_in_one_relay_ends_that_stream_alone).
+    - A stream that failed keeps nothing of its question (test_stream_that_failed_keeps_nothing_but_its_error).
+    """
 
     __slots__ = (
         "_begun",
@@ -139,7 +145,7 @@ class Relay:
             self._news.open()
             return
         if stream.holds_back:
-            # At once and not when the task runs: by then the socket may have given more.
+            # This is done at once and not when the task runs: by then the socket may have given more.
             assert self._response_body is not None
             self._response_body.pause()
             self._news.open()

@@ -80,6 +80,11 @@ class StandIn:
 class Stream:
     """One generation and its id.
 
+    - Every reader gets every frame behind its cursor once, in order, and exactly one `end`. The upstream is read ahead
+      of the furthest reader by `read_ahead_bytes` at most, by `stream_bytes` while nobody reads
+      (test_any_order_of_events_gives_every_reader_every_frame_once).
+    - The first end wins (test_first_finish_wins).
+
     `on_left` is called when the last reader detaches, `on_end` once when the stream ends; both are synchronous.
     """
 
@@ -199,9 +204,9 @@ class Stream:
         """Whether the upstream has been read far enough ahead of the furthest reader."""
         if self._caught_up or self.state is State.ENDED:
             return False
-        # Without a reader the stream runs on for one that may come back. Not so if the last one left bytes untaken:
-        # it was the brake, and running on would fill the memory with what nobody has asked for. A stream that is to go
-        # on without readers was asked for, and would stand still for good.
+        # Without a reader the stream runs on for one that may come back. It does not if the last reader left bytes
+        # untaken: that reader was the brake, and running on would fill the memory with what nobody has asked for. A
+        # stream that is to go on without readers was asked for, and would otherwise stand still for good.
         tight = self._readers or (self.last_reader_stalled and self.leave.leave_s < math.inf)
         return self.log.tail - self._furthest >= (self._read_ahead_bytes if tight else self._stream_bytes)
 
@@ -302,7 +307,7 @@ class Stream:
         except TimeoutError:
             self.commit()
         if self.refusal is not None:
-            # Of its own for each who asks: a raised error keeps the frames that it came through.
+            # Each who asks gets an error of its own: one that was raised keeps the frames that it came through.
             raise dataclasses.replace(self.refusal)
 
     async def decided(self) -> None:

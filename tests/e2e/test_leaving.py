@@ -25,7 +25,7 @@ from command import Command, health, served
 from conftest import eventually, prompt, serving, settled
 from rawclient import RawClient
 
-from aisse.streams import registry as registry_module
+from aisse.streams import sweep as sweep_module
 from aisse.streams.reader import Reader
 from aisse.streams.relay import Relay
 from aisse.streams.stream import Stream
@@ -357,7 +357,7 @@ async def test_reader_that_leaves_closes_its_upstream_in_every_phase_and_leaves_
 async def test_cycles_of_leaving_leave_no_task_and_no_object(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "SWEEP_S", 0.05)
+    monkeypatch.setattr(sweep_module, "SWEEP_S", 0.05)
 
     def things() -> Counter[str]:
         gc.collect()
@@ -381,8 +381,8 @@ async def test_cycles_of_leaving_leave_no_task_and_no_object(
         assert things() == before
         registry = server.registry
         assert registry.generations == len(PHASES) * (CYCLES if SOAK else 50)
-        assert not registry._running
-        assert not registry._finished
+        assert not registry._table.running
+        assert not registry._table.kept
         assert not registry._relays
         assert not registry._readers
         assert registry.replay_bytes == 0

@@ -270,7 +270,7 @@ async def test_readers_dropped_at_random_moments_lose_nothing_and_pay_once(simul
         assert dropped_running == readers * (drops - 1)
         assert simulator.stats.requests == simulator.stats.completed == readers
         assert server.registry.generations == readers
-        assert server.registry.failed == 0
+        assert server.registry.figures.failed == 0
 
 
 @pytest.mark.timeout(300)

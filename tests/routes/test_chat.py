@@ -59,7 +59,7 @@ def untouched(server: Server, simulator: Simulator) -> None:
     """Asserts that no generation was started, neither here nor at the upstream."""
     assert simulator.stats.requests == 0
     assert server.registry.generations == 0
-    assert server.registry.failed == 0
+    assert server.registry.figures.failed == 0
     assert server.registry.active_streams == 0
     assert server.registry.replay_bytes == 0
 

@@ -291,7 +291,7 @@ async def test_body_of_a_stream_that_ends_before_its_answer_is_counted_no_more(s
         await connection.send(request("POST", "/api/chat", body_of(5000)))
         assert (await connection.head()).status == 200
         if how == "stopped":
-            (stream_id,) = server.registry._running
+            (stream_id,) = server.registry._table.running
             async with connected(server.address) as other:
                 await other.send(request("DELETE", f"/api/chat/{stream_id}"))
                 assert (await other.answer("DELETE")).status == 204
@@ -310,7 +310,7 @@ async def test_body_that_joins_by_its_key_is_not_kept(server: Server) -> None:
             await connection.send(message)
         await eventually(lambda: server.registry._unanswered == 2 and server.registry.active_streams == 1)
         await used(server, 5000)
-        (stream,) = server.registry._running
+        (stream,) = server.registry._table.running
         await server.registry.stop(stream)
         await used(server, 0)
 
@@ -346,7 +346,7 @@ async def test_newcomer_is_refused_while_all_bodies_together_are_at_their_bound(
             assert server.registry.bodies.used == 4000
             await connection.send(request("POST", "/api/chat", body_of(96, "[[tokens=1]]")))
             assert (await connection.answer()).status == 200
-            for stream in list(server.registry._running):
+            for stream in list(server.registry._table.running):
                 await server.registry.stop(stream)
         await used(server, 0)
         await connection.send(request("POST", "/api/chat", body_of(2000, "[[tokens=1]]")))
@@ -387,8 +387,8 @@ async def test_bodies_in_any_order_never_exceed_their_bound_and_leave_nothing(si
                 size = chance.randrange(1, 9000)
                 await connection.send(data[:size])
                 open_[index] = (connection, context, data[size:])
-            if chance.random() < 0.1 and registry._running:
-                await registry.stop(chance.choice(list(registry._running)))
+            if chance.random() < 0.1 and registry._table.running:
+                await registry.stop(chance.choice(list(registry._table.running)))
             most = max(most, registry.bodies.used)
             assert registry.bodies.used <= 40_000
         assert most > 10_000

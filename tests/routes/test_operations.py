@@ -16,7 +16,8 @@ from conftest import Server, eventually, prompt, serving
 from raw import connected, request
 
 import aisse
-from aisse.streams.registry import KEPT_BYTES, SWEEP_S
+from aisse.streams.sweep import SWEEP_S
+from aisse.streams.table import KEPT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -245,7 +246,7 @@ async def test_stalled_reader_shows_with_what_waits_for_it_and_others_show_their
 async def test_rate_is_of_the_last_seconds_and_falls_to_nothing(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 0.05)  # so that the rate is that of half a second
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 0.05)  # so that the rate is that of half a second
     async with serving(simulator.url) as server:
         async with connected(server.address) as connection:
             await connection.send(request("POST", "/api/chat", json.dumps(prompt("[[tokens=400 pace=400]]")).encode()))
@@ -334,12 +335,12 @@ async def test_upstream_that_cannot_be_reached_degrades() -> None:
 async def test_late_event_loop_degrades_until_it_is_on_time_again(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 0.2)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 0.2)
     async with serving(simulator.url) as server:
         await asyncio.sleep(0)
-        monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 1.5)  # the sweep after the late one leaves time to look
+        monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 1.5)  # the sweep after the late one leaves time to look
         time.sleep(0.9)  # noqa: ASYNC251 - the very thing that is to be noticed
-        await eventually(lambda: server.registry.loop_lag_s > 0.5)
+        await eventually(lambda: server.registry.figures.loop_lag_s > 0.5)
         said = await health(server)
         assert said["status"] == "degraded"
         assert said["eventLoopLagMs"] > 500

@@ -17,7 +17,7 @@ from rawclient import RawClient, Written, joined, mergeable, parse
 from rawupstream import LAST_CHUNK, MESSAGE_STOP, Connection, Request, chunk, delta, head, message_start
 from rawupstream import raw_upstream as raw_upstream_of
 
-from aisse.streams.registry import KEPT_BYTES
+from aisse.streams.table import KEPT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -129,13 +129,13 @@ async def puppet(*, silent: bool = False) -> AsyncIterator[Puppet]:
 @pytest.fixture
 def swift(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps often, so that times of tenths of a second mean something."""
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 0.02)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 0.02)
 
 
 @pytest.fixture
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """None within a test: what happens at once happens without one."""
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 3600.0)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 3600.0)
 
 
 # --- GET: the stream and its state ----------------------------------------------------------------------------
@@ -900,7 +900,7 @@ async def test_stopped_stream_ends_without_error_and_closes_its_upstream(
             assert (await ask(server, again, path + other)).status == 204
         said = await state(server, path)
         assert (said["reason"], said["events"]) == ("stopped", frames + 1)
-        assert server.registry.failed == 0
+        assert server.registry.figures.failed == 0
 
 
 @pytest.mark.parametrize(("method", "suffix"), STOPS)
@@ -923,7 +923,7 @@ async def test_stop_reaches_who_waits_for_the_first_byte(simulator: Simulator) -
             ask(server, "POST", "/api/chat", prompt("[[first_s=3600]]"), Idempotency_Key="k"),
         )
         await eventually(lambda: simulator.stats.active == 1)
-        (stream_id,) = server.registry._running
+        (stream_id,) = server.registry._table.running
         assert (await ask(server, "DELETE", f"/api/chat/{stream_id}")).status == 204
         answer = await waiting
         assert answer.status == 200

@@ -109,7 +109,7 @@ async def test_reader_whose_socket_is_full_is_not_waited_for_and_told_once_it_re
     ):
         await stalled.post(prompt("[[tokens=2000 token_bytes=1000]]"))
         await stalled.answered()
-        await eventually(lambda: server.registry.buffered_bytes > 0)
+        await eventually(lambda: server.registry.figures.buffered_bytes > 0)
         async with draining(server):
             await other.read_until(told)
             # It is told what still holds when it reads, which may be long after.
@@ -336,7 +336,7 @@ async def test_reader_that_takes_nothing_is_cut_off_after_the_deadline_and_not_e
     ):
         await stalled.post(prompt("[[tokens=4000 token_bytes=1000]]"))
         await stalled.answered()
-        await eventually(lambda: server.registry.buffered_bytes > 0)
+        await eventually(lambda: server.registry.figures.buffered_bytes > 0)
         # stall_s is what it must not wait for.
         await asyncio.wait_for(server.drain.run(), 60)
         assert server.registry.readers == 0

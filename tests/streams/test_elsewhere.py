@@ -27,8 +27,10 @@ from aisse.sse import frame
 from aisse.streams import shared as shared_module
 from aisse.streams.endings import Reason, ending
 from aisse.streams.farewell import Farewell
-from aisse.streams.registry import KEPT_BYTES, Registry
-from aisse.streams.shared import FollowedStream, Shared
+from aisse.streams.followed import FollowedStream
+from aisse.streams.registry import Registry
+from aisse.streams.shared import Shared
+from aisse.streams.table import KEPT_BYTES
 from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
@@ -276,15 +278,15 @@ async def test_stream_that_was_only_looked_at_is_let_go_and_nothing_is_left(monk
         read = Reading(await b.registry.find("B" * 22))
         await eventually(lambda: b.read_here.get("B" * 22, False))
         now = asyncio.get_running_loop().time()
-        b.shared.sweep(now + 1)
+        b.shared.following.sweep(now + 1)
         assert await b.registry.find(ID) is await b.registry.find(ID)
-        b.shared.sweep(now + 60)
+        b.shared.following.sweep(now + 60)
         await eventually(lambda: not b.read_here[ID])
         assert b.read_here["B" * 22]
         b.waits.arrivals.put_nowait([])
         await eventually(lambda: b.waits.named("xread")[-1].keys == [entries_key("B" * 22).encode()])
         read.leave()
-        b.shared.sweep(now + 120)
+        b.shared.following.sweep(now + 120)
         assert b.registry.replay_bytes == 0
         # Whoever asks again gets it again.
         assert (await b.registry.find(ID)).events == 2
@@ -301,7 +303,7 @@ async def test_end_that_comes_is_kept_and_counted_and_not_followed(monkeypatch: 
         assert b.registry.replay_bytes == stream.log.tail + KEPT_BYTES
         assert await b.registry.find(ID) is stream
         assert b.registry.get(ID) is stream
-        assert b.shared._followed == {}
+        assert b.shared.following._followed == {}
         await eventually(lambda: b.registry.replay_bytes == 0)
 
 
@@ -327,10 +329,10 @@ async def test_usage_of_a_stream_that_runs_elsewhere_is_what_its_frames_say() ->
 async def test_ids_that_were_here_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
         for number in range(20_000):
-            b.shared.released(f"{number:022}")
-        assert len(b.shared._past) <= 10_000
+            b.registry._table.note_gone(f"{number:022}")
+        assert len(b.registry._table._past) <= 10_000
         # The last ones are, and are asked for once.
-        assert not await b.shared.bring(f"{19_999:022}")
+        assert not await b.shared.following.bring(f"{19_999:022}")
         assert b.redis.count("LOOK") == 1
 
 
@@ -354,9 +356,9 @@ async def test_stream_has_a_grace_for_readers_that_have_come_elsewhere(monkeypat
         now = asyncio.get_running_loop().time()
         grace_s = b.shared.leave_grace_s
         assert grace_s > 0
-        b.registry._sweep_stream(stream, now + 5 + grace_s / 2)
+        b.registry._sweep._look_at_stream(stream, now + 5 + grace_s / 2)
         assert b.registry.active_streams == 2
-        b.registry._sweep_stream(stream, now + 6 + grace_s)
+        b.registry._sweep._look_at_stream(stream, now + 6 + grace_s)
         assert stream.reason is Reason.ABANDONED
         Reading(cancelled).leave()
         assert cancelled.reason is Reason.ABANDONED
@@ -374,7 +376,7 @@ async def test_readers_elsewhere_hold_a_stream_as_readers_here_do(monkeypatch: p
         stream.publish(frame("content_block_delta", "x" * 5000, f"{stream.id}.2"), 2)
         assert held(stream)
         # Gone while they held it back: it stands until it is read again, and does not run on into the memory.
-        b.shared.read_elsewhere(stream.id, 0, 0, stalled=False)
+        b.shared.elsewhere.read_elsewhere(stream.id, 0, 0, stalled=False)
         assert stream.readers == 0
         assert held(stream)
 
@@ -389,7 +391,7 @@ async def test_reader_elsewhere_that_stalled_before_it_held_the_stream_back_is_i
             await eventually(lambda stream=stream: stream.readers == 1)  # type: ignore[misc]
             stream.publish(frame("content_block_delta", "x" * 500, f"{stream.id}.1"), 1)
             assert not held(stream)
-            b.shared.read_elsewhere(stream.id, 0, 0, stalled=stalled)
+            b.shared.elsewhere.read_elsewhere(stream.id, 0, 0, stalled=stalled)
             assert stream.readers == 0
             stream.publish(frame("content_block_delta", "x" * 5000, f"{stream.id}.2"), 2)
             assert held(stream) is stalled
@@ -399,9 +401,9 @@ async def test_time_of_readers_that_others_have_moved_is_never_shortened(monkeyp
     async with bed(monkeypatch) as b:
         stream = b.create(leave_s=0)
         now = asyncio.get_running_loop().time()
-        b.shared.moved_elsewhere(stream.id, 12.0)
-        b.shared.moved_elsewhere(stream.id, 3.0)
-        b.shared.moved_elsewhere("unknown", 3.0)
+        b.shared.elsewhere.moved_elsewhere(stream.id, 12.0)
+        b.shared.elsewhere.moved_elsewhere(stream.id, 3.0)
+        b.shared.elsewhere.moved_elsewhere("unknown", 3.0)
         Reading(stream).leave()
         assert stream.reason is None
         assert now + 12 <= (stream.leave.ends_at or 0) < now + 13
@@ -416,8 +418,8 @@ async def test_stream_that_others_have_ended_is_not_generated_any_more(monkeypat
         known, unknown = b.create(), b.create()
         await eventually(lambda: b.upstream.waiting == 2)
         frames, last = ending(known.id, 0, Reason.STOPPED, None, USAGE)
-        b.shared.lost(known.id, frames, last)
-        b.shared.lost(unknown.id, b"", 0)
+        b.shared.elsewhere.lost(known.id, frames, last)
+        b.shared.elsewhere.lost(unknown.id, b"", 0)
         assert (known.reason, unknown.reason) == (Reason.STOPPED, Reason.PRODUCER_LOST)
         await eventually(lambda: b.upstream.waiting == 0)
 

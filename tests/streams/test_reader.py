@@ -27,7 +27,7 @@ from aisse.formats.anthropic import Anthropic
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.settings import Settings
 from aisse.sse import HEARTBEAT, frame, opening, reconnect
-from aisse.streams import registry as registry_module
+from aisse.streams import sweep as sweep_module
 from aisse.streams.endings import Reason
 from aisse.streams.leave import LeaveTime
 from aisse.streams.outlet import Outlet
@@ -225,13 +225,13 @@ def sequence(client: RawClient) -> list[int]:
 @pytest.fixture
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """None within a test: what happens anyway needs none."""
-    monkeypatch.setattr(registry_module, "SWEEP_S", 3600.0)
+    monkeypatch.setattr(sweep_module, "SWEEP_S", 3600.0)
 
 
 @pytest.fixture
 def fast_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep each 50 ms instead of each second; tests scale `stall_s` and `heartbeat_s` with it."""
-    monkeypatch.setattr(registry_module, "SWEEP_S", 0.05)
+    monkeypatch.setattr(sweep_module, "SWEEP_S", 0.05)
 
 
 # --- what the libraries do ----------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ async def test_kernel_gives_a_silent_peer_up_after_the_sweep_had_time_to_evict_i
     async with one_stream(stall_s=7) as one, one.reading() as (_, reader):
         sock = outlet_of(reader)._transport.get_extra_info("socket")
         # The sweep sees the last byte taken up to a second late, and the end of stall_s as much again.
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) > (7 + 2 * registry_module.SWEEP_S) * 1000
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) > (7 + 2 * sweep_module.SWEEP_S) * 1000
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the kernel has no such limit")
@@ -811,11 +811,11 @@ async def test_heartbeats_come_in_their_interval_while_the_upstream_thinks(simul
         await client.answered()
         assert client.status == 200
         assert loop.time() - begun < 4  # the setting's default is 5
-        times, sweeps = [begun], [len(server.registry._rate._samples)]
+        times, sweeps = [begun], [len(server.registry.figures._rate._samples)]
         for count in range(1, 3):
             await client.read_until(has_heartbeats(count))
             times.append(loop.time())
-            sweeps.append(len(server.registry._rate._samples))
+            sweeps.append(len(server.registry.figures._rate._samples))
         # Counted in sweeps, for a busy machine delays those, too. The first only sees that the opening was written; a
         # heartbeat is due two later, and this client may notice it one too late.
         assert sweeps[1] - sweeps[0] <= 4

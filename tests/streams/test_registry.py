@@ -20,12 +20,13 @@ from aisse.errors import LimitError, RequestError, UpstreamError
 from aisse.formats.anthropic import Anthropic, AnthropicFollower
 from aisse.settings import Settings
 from aisse.sse import frame
-from aisse.streams import registry as registry_module
+from aisse.streams import sweep as sweep_module
 from aisse.streams.endings import Reason
 from aisse.streams.reader import Reader
-from aisse.streams.registry import KEPT_BYTES, Registry
+from aisse.streams.registry import Registry
 from aisse.streams.relay import Relay
 from aisse.streams.stream import State, Stream
+from aisse.streams.table import KEPT_BYTES
 from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
@@ -111,7 +112,7 @@ class Bed:
     @property
     def kept(self) -> list[Stream]:
         """Finished streams that can still be read again, oldest end first."""
-        return list(self.registry._finished.values())
+        return list(self.registry._table.kept.values())
 
 
 def goes_on(stream: Stream) -> bool:
@@ -137,7 +138,7 @@ async def bed(kind: type[SilentUpstream] = SilentUpstream, **settings: Any) -> A
 @pytest.fixture
 def fast_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep each 50 ms instead of each second."""
-    monkeypatch.setattr(registry_module, "SWEEP_S", 0.05)
+    monkeypatch.setattr(sweep_module, "SWEEP_S", 0.05)
 
 
 def sweeps(registry: Registry) -> Callable[[int], Callable[[], bool]]:
@@ -146,7 +147,7 @@ def sweeps(registry: Registry) -> Callable[[int], Callable[[], bool]]:
     since = loop.time()
 
     def ended(count: int) -> Callable[[], bool]:
-        return lambda: sum(at > since for at, _ in registry._rate._samples) >= count
+        return lambda: sum(at > since for at, _ in registry.figures._rate._samples) >= count
 
     return ended
 
@@ -161,7 +162,7 @@ async def test_streams_up_to_the_limit_are_taken_and_one_past_it_refused() -> No
             b.create()
         assert (refused.value.status, refused.value.retry_after_s) == (503, 5)
         assert b.registry.generations == 3
-        assert any("max_streams" in trouble for trouble in b.registry.troubles())
+        assert any("max_streams" in trouble for trouble in b.registry.figures.troubles())
         streams[0].finish(Reason.STOPPED)
         b.create()
         assert b.registry.active_streams == 3
@@ -250,10 +251,10 @@ async def test_memory_full_of_running_streams_refuses_new_ones_until_one_has_end
         with pytest.raises(RequestError) as refused:
             b.create()
         assert (refused.value.status, refused.value.retry_after_s) == (503, 5)
-        assert any("replay_bytes" in trouble for trouble in b.registry.troubles())
+        assert any("replay_bytes" in trouble for trouble in b.registry.figures.troubles())
         assert [stream.state for stream in streams] == [State.STREAMING] * 4
         streams[2].finish(Reason.STOPPED)
-        assert not b.registry.troubles()
+        assert not b.registry.figures.troubles()
         b.create()
         assert b.kept == []
 
@@ -360,7 +361,7 @@ async def test_end_closes_the_upstream_and_a_second_end_does_nothing() -> None:
             stream.finish(Reason.STOPPED)
         assert stream.reason is Reason.TIMEOUT
         assert reader.got.count(b"event: end\n") == 1
-        assert b.registry.failed == 1
+        assert b.registry.figures.failed == 1
         assert [line["event"] for line in logs] == ["stream ended"]
 
 
@@ -438,7 +439,7 @@ async def test_stream_with_leave_time_zero_ends_in_the_step_in_which_the_last_re
         second.leave()
         assert stream.reason is Reason.ABANDONED
         await eventually(lambda: b.upstream.waiting == 0)
-        assert b.registry.failed == 0
+        assert b.registry.figures.failed == 0
 
 
 @pytest.mark.usefixtures("fast_sweep")
@@ -496,7 +497,7 @@ async def test_reader_whose_record_fails_costs_the_others_no_heartbeat(simulator
             await client.post(prompt("[[first_s=60]]"))
             await client.answered()
             clients.append(client)
-        streams = list(server.registry._running.values())
+        streams = list(server.registry._table.running.values())
         body = prompt("[[first_s=60]]", model="m", max_tokens=1, stream=True)
         abandoned = server.registry.create(Question([json.dumps(body).encode()]), 0.3)
         Attached(abandoned).leave()
@@ -631,7 +632,7 @@ async def test_sweep_that_fails_is_followed_by_the_next(monkeypatch: pytest.Monk
             raise ZeroDivisionError("a bug")
 
         with monkeypatch.context() as patch:
-            patch.setattr(b.registry, "_make_room", fail)
+            patch.setattr(b.registry._table, "make_room", fail)
             await eventually(lambda: calls >= 3)
         b.finished()
         await eventually(lambda: b.kept == [])
@@ -639,7 +640,7 @@ async def test_sweep_that_fails_is_followed_by_the_next(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("fast_sweep")
 async def test_sweep_over_hundreds_of_records_lets_others_run_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "_SWEEP_BATCH", 10)
+    monkeypatch.setattr(sweep_module, "_BATCH", 10)
     async with bed(leave_s=0) as b:
         streams = [b.create() for _ in range(100)]
         looked_at: list[Relay] = []
@@ -665,7 +666,7 @@ async def test_sweep_over_hundreds_of_records_lets_others_run_in_between(monkeyp
 
 @pytest.mark.usefixtures("fast_sweep")
 async def test_sweep_over_hundreds_of_readers_lets_others_run_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "_SWEEP_BATCH", 10)
+    monkeypatch.setattr(sweep_module, "_BATCH", 10)
     async with bed() as b:
         stream = b.create()
         readers = [Stalled(stream, 0) for _ in range(100)]
@@ -682,13 +683,13 @@ async def test_sweep_over_hundreds_of_readers_lets_others_run_in_between(monkeyp
 async def test_lag_of_the_event_loop_is_measured() -> None:
     async with bed() as b:
         # A busy machine may make the first ones late.
-        await eventually(lambda: len(b.registry._rate._samples) > 0 and b.registry.loop_lag_s < 0.5)
+        await eventually(lambda: len(b.registry.figures._rate._samples) > 0 and b.registry.figures.loop_lag_s < 0.5)
         # Nothing else runs until well past the next sweep.
         time.sleep(1.8)  # noqa: ASYNC251 - it is what is measured
-        await eventually(lambda: b.registry.loop_lag_s > 0.5)
-        assert b.registry.loop_lag_s < 10
-        assert any("event loop" in trouble for trouble in b.registry.troubles())
-        await eventually(lambda: not b.registry.troubles())
+        await eventually(lambda: b.registry.figures.loop_lag_s > 0.5)
+        assert b.registry.figures.loop_lag_s < 10
+        assert any("event loop" in trouble for trouble in b.registry.figures.troubles())
+        await eventually(lambda: not b.registry.figures.troubles())
 
 
 @pytest.mark.usefixtures("fast_sweep")
@@ -706,15 +707,15 @@ async def test_upstream_that_is_late_ends_its_stream_alone() -> None:
 async def test_rate_of_tokens_is_that_of_running_and_ended_streams() -> None:
     async with bed() as b:
         since = sweeps(b.registry)
-        assert b.registry.tokens_per_second() == 0
+        assert b.registry.figures.tokens_per_second() == 0
         await eventually(since(1))
         running, ended = b.create(), b.create()
         running.content_events = ended.content_events = 50
         ended.finish(Reason.COMPLETE)
         await eventually(since(3))
-        (begun, before), (now, after) = b.registry._rate._samples[0], b.registry._rate._samples[-1]
+        (begun, before), (now, after) = b.registry.figures._rate._samples[0], b.registry.figures._rate._samples[-1]
         assert (before, after) == (0, 100)
-        assert b.registry.tokens_per_second() == pytest.approx(100 / (now - begun))
+        assert b.registry.figures.tokens_per_second() == pytest.approx(100 / (now - begun))
 
 
 # --- bugs ---------------------------------------------------------------------------------------------------------
@@ -734,7 +735,7 @@ async def test_relay_that_fails_ends_its_stream_and_no_other() -> None:
         publish(good)
         assert neighbour.got
         assert b.registry.active_streams == 1
-        assert b.registry.failed == 1
+        assert b.registry.figures.failed == 1
 
 
 async def test_relay_that_is_cancelled_by_somebody_else_ends_its_stream() -> None:
@@ -781,11 +782,11 @@ async def test_failures_of_the_upstream_in_a_row_are_a_trouble_and_refused_reque
         for _ in range(10):
             b.create(b"refuse")
         await eventually(lambda: b.registry.active_streams == 0)
-        assert not b.registry.troubles()
-        assert b.registry.failed == 10
+        assert not b.registry.figures.troubles()
+        assert b.registry.figures.failed == 10
         for _ in range(5):
             b.create(b"fail")
         await eventually(lambda: b.registry.active_streams == 0)
-        assert any("upstream failed" in trouble for trouble in b.registry.troubles())
+        assert any("upstream failed" in trouble for trouble in b.registry.figures.troubles())
         b.finished()
-        assert not b.registry.troubles()
+        assert not b.registry.figures.troubles()

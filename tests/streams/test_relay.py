@@ -98,7 +98,7 @@ async def ask(client: aiohttp.ClientSession, server: Server, text: str = "anythi
 
 
 def only_stream(server: Server) -> Stream:
-    [stream] = server.registry._running.values()
+    [stream] = server.registry._table.running.values()
     return stream
 
 
@@ -504,7 +504,7 @@ async def test_late_upstream_is_a_timeout_and_its_connection_is_closed(
     pings: bool,
     message: str,
 ) -> None:
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 0.02)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 0.02)
 
     async def answer(request: Request, connection: Connection) -> None:
         connection.send(head(), chunk(message_start()))
@@ -527,7 +527,7 @@ async def test_silence_and_no_content_are_measured_apart(
 ) -> None:
     """A byte resets the one, an event that is more than a ping the other. The clock is set here, not waited for."""
     # Who looks notes what has come with the time of the look.
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 3600.0)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 3600.0)
     go_on = asyncio.Queue[bytes]()
 
     async def answer(request: Request, connection: Connection) -> None:
@@ -571,7 +571,7 @@ async def test_silence_and_no_content_are_measured_apart(
 async def test_first_byte_and_stream_limits_are_told_apart(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 3600.0)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 3600.0)
     go_on = asyncio.Event()
 
     async def answer(request: Request, connection: Connection) -> None:
@@ -847,7 +847,7 @@ async def test_usage_is_the_last_that_the_upstream_reported(
     cut = await ask(client, server, "[[tokens=5 fault=no_stop]]")
     assert cut.end["reason"] == "truncated"
     assert cut.end["usage"]["output_tokens"] == 5
-    assert server.registry.output_tokens == 12
+    assert server.registry.figures.output_tokens == 12
 
 
 async def test_error_event_after_content_is_the_error_before_the_end(
@@ -1000,7 +1000,7 @@ async def test_exception_in_one_relay_ends_that_stream_alone(
             connection.send(chunk(delta("poison")))
         else:
             await eventually(
-                lambda: any(s.log.last_seq == 2 for s in server.registry._running.values() if s is not kept)
+                lambda: any(s.log.last_seq == 2 for s in server.registry._table.running.values() if s is not kept)
             )
             connection.send(chunk(delta("poison")))
 

@@ -17,7 +17,7 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
@@ -38,7 +38,9 @@ from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.settings import Settings
 from aisse.simulator import Script, Simulator
 from aisse.streams import registry as registry_module
-from aisse.streams.shared import FollowedStream, Shared
+from aisse.streams.followed import FollowedStream
+from aisse.streams.shared import Shared
+from aisse.streams.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -126,7 +128,7 @@ class Fleet:
     def followed(self, instance: int) -> dict[str, Any]:
         shared = self.instances[instance].registry._shared
         assert shared is not None
-        return dict(shared._followed)
+        return dict(shared.following._followed)
 
 
 @contextlib.asynccontextmanager
@@ -352,8 +354,8 @@ async def test_unknown_ids_are_asked_for_together_and_then_404(redis: Redis) -> 
         assert commands <= rounds * 2 * (3 + 1) < len(answers) / 5
         shared = registry._shared
         assert shared is not None
-        assert not shared._opening
-        assert not shared._finds._waiting
+        assert not shared.following._opening
+        assert not shared.following._finds._waiting
 
 
 async def test_stream_that_was_here_is_asked_for_once(redis: Redis) -> None:
@@ -502,7 +504,7 @@ async def test_slow_reader_elsewhere_holds_the_upstream_back(redis: Redis) -> No
         async with await RawClient.connect(f.instances[1].address, receive_buffer_bytes=4096) as slow:
             await slow.get(path)
             await slow.answered()
-            await eventually(lambda: f.instances[0].registry._running[path[-22:]].readers == 1)
+            await eventually(lambda: f.instances[0].registry._table.running[path[-22:]].readers == 1)
             read.set()
             stood = 0
             while stood < 5 or not written:  # until it has not moved for half a second
@@ -927,7 +929,7 @@ async def test_streams_that_were_read_elsewhere_are_forgotten_where_they_were_ge
         for _ in range(5):
             path = await f.ask(0, "[[tokens=5000 pace=30]]")
             reader = asyncio.create_task(f.read(1, path))
-            await eventually(lambda: bool(f.instances[0].registry._shared._elsewhere))  # type: ignore[union-attr]
+            await eventually(lambda: bool(f.instances[0].registry._shared.elsewhere._readers))  # type: ignore[union-attr]
             await f.instances[0].registry.stop(path[-22:])
             await reader
         await eventually(lambda: f.instances[0].registry.replay_bytes == 0)
@@ -993,7 +995,7 @@ async def test_reader_elsewhere_holds_its_stream_also_where_redis_was_emptied(re
     async with fleet(redis.url) as f:
         path = await f.ask(0, "[[tokens=5000 pace=40]]", Aisse_On_Leave="cancel")
         reader = asyncio.create_task(f.read(1, path))
-        await eventually(lambda: bool(f.instances[0].registry._shared._elsewhere))  # type: ignore[union-attr]
+        await eventually(lambda: bool(f.instances[0].registry._shared.elsewhere._readers))  # type: ignore[union-attr]
         for _ in range(4):
             seen = f.seq(1, path)
             await redis.client().flushall()
@@ -1232,7 +1234,7 @@ async def test_key_whose_client_leaves_goes_to_the_request_that_waits_for_it(
         second = asyncio.create_task(post(f, 0, "k"))
         await asked.wait()
         first.cancel()
-        await eventually(lambda: bool(shared._withdrawing))
+        await eventually(lambda: bool(shared.claims._withdrawing))
         go.set()
         status, text = await second
         assert (status, reason(text)) == (200, "complete")
@@ -1288,7 +1290,7 @@ async def test_slow_reader_elsewhere_that_leaves_still_holds_the_upstream_back(r
 
     async with raw_upstream(flood) as llm, fleet(redis.url, upstream=llm.url, stall_s=60, leave_s=60) as f:
         path = await f.ask(0, "hello", Aisse_On_Leave="60")
-        stream = f.instances[0].registry._running[path[-22:]]
+        stream = f.instances[0].registry._table.running[path[-22:]]
         async with await RawClient.connect(f.instances[1].address, receive_buffer_bytes=4096) as slow:
             await slow.get(path)
             await slow.answered()
@@ -1325,7 +1327,7 @@ async def test_reader_elsewhere_that_stalls_and_leaves_early_holds_the_upstream_
     options: dict[str, Any] = {"stall_s": 60, "read_ahead_bytes": "1MiB", "write_buffer_bytes": 4096}
     async with raw_upstream(flood) as llm, fleet(redis.url, upstream=llm.url, **options) as f:
         path = await f.ask(0, "hello", Aisse_On_Leave="60")
-        stream = f.instances[0].registry._running[path[-22:]]
+        stream = f.instances[0].registry._table.running[path[-22:]]
         async with await RawClient.connect(f.instances[1].address, receive_buffer_bytes=4096) as slow:
             await slow.get(path)
             await slow.answered()
@@ -1351,7 +1353,7 @@ async def test_reader_elsewhere_that_leaves_has_read_what_it_got(redis: Redis) -
 
     async with raw_upstream(answer) as llm, fleet(redis.url, upstream=llm.url, lease_s=6) as f:
         path = await f.ask(0, "hello", Aisse_On_Leave="60")
-        stream = f.instances[0].registry._running[path[-22:]]
+        stream = f.instances[0].registry._table.running[path[-22:]]
         async with f.get(1, path) as reader:
             await eventually(lambda: stream.readers == 1)
             read.set()
@@ -1387,16 +1389,16 @@ async def test_stream_that_has_come_and_was_forgotten_before_its_reader_came_is_
         whole = await f.read(0, path)
         await shared_by(f, 0)
         shared, registry = shared_of(f, 1), f.instances[1].registry
-        opened = shared._opened
+        opened = shared.following._opened
         forgotten: list[Stream] = []
 
         def forget(stream_id: str, task: Any) -> None:
             opened(stream_id, task)
             if not forgotten:
-                forgotten.append(registry._finished[stream_id])
-                registry._forget(registry._finished[stream_id])
+                forgotten.append(registry._table.kept[stream_id])
+                registry._table.forget(registry._table.kept[stream_id])
 
-        monkeypatch.setattr(shared, "_opened", forget)
+        monkeypatch.setattr(shared.following, "_opened", forget)
         assert frames(await f.read(1, path)) == frames(whole)
         assert forgotten
 
@@ -1495,7 +1497,7 @@ async def test_close_that_is_asked_for_again_waits_and_warns_once(
 
 async def test_start_that_is_refused_leaves_nothing_open(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.model_validate({"upstream": "simulator", "log": f"redis://127.0.0.1:{redis.port}/99"})
-    shared = Shared(settings, ReplayMemory(1), Anthropic(settings))
+    shared = Shared(settings, Table(ReplayMemory(1), retention_s=1), Anthropic(settings))
     closed = []
     for client in (shared._client, shared._blocking):
 
@@ -1505,7 +1507,7 @@ async def test_start_that_is_refused_leaves_nothing_open(redis: Redis, monkeypat
 
         monkeypatch.setattr(client, "aclose", aclose)
     with pytest.raises(ConfigError):
-        await shared.start({}, cast("Any", None))
+        await shared.start()
     assert len(set(closed)) == 2
     assert not shared.runs
 

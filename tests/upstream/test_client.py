@@ -521,7 +521,7 @@ async def test_connection_that_is_not_accepted_in_time_is_504(client: aiohttp.Cl
 async def test_no_first_byte_in_time_is_504(
     simulator: Simulator, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
-    monkeypatch.setattr("aisse.streams.registry.SWEEP_S", 0.02)
+    monkeypatch.setattr("aisse.streams.sweep.SWEEP_S", 0.02)
     async with serving(simulator.url, first_byte_s=0.2, first_byte_commit_s=60) as server:
         status, _, body = await ask(client, server, f"[[{script}]]")
         assert status == 504
@@ -712,7 +712,7 @@ async def test_commit_comes_with_the_first_event_that_is_no_ping(client: aiohttp
 
     async with raw_upstream(slow) as upstream, serving(upstream.url, first_byte_commit_s=3600) as server:
         asked = asyncio.create_task(ask(client, server))
-        await eventually(lambda: any(stream.log.last_seq == 1 for stream in server.registry._running.values()))
+        await eventually(lambda: any(stream.log.last_seq == 1 for stream in server.registry._table.running.values()))
         assert server.registry.readers == 1
         assert not asked.done()
         go_on.set()

@@ -276,7 +276,7 @@ async def test_questions_survive_connections_that_close_at_random(client: aiohtt
         async with asyncio.TaskGroup() as group:
             for _ in range(100):
                 group.create_task(questions(numbers, server))
-        assert server.registry.failed == 0
+        assert server.registry.figures.failed == 0
     assert generated == Counter(f"question {number}" for number in range(count))
     assert closed_in_the_face > count // 50
     assert len(upstream.requests) >= count + closed_in_the_face
