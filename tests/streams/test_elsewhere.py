@@ -267,7 +267,7 @@ async def test_stream_whose_time_is_over_while_it_is_brought_is_unknown(monkeypa
         with pytest.raises(UnknownStreamError):
             await b.registry.find(ID)
         assert b.registry.replay_bytes == 0
-        assert b.shared.followed(ID) is None
+        assert b.shared.following.get(ID) is None
 
 
 async def test_stream_that_was_only_looked_at_is_let_go_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
