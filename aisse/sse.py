@@ -1,4 +1,4 @@
-"""Server-Sent Events: bytes to events, events to frames. No I/O and no clock.
+"""Server-Sent Events: bytes to events, events to frames, and where one frame ends. No I/O and no clock.
 
 The grammar is WHATWG HTML, section 9.2.6 "Interpreting an event stream": lines end at LF, CRLF or CR and
 nowhere else (`str.splitlines` would also split at U+2028), one leading BOM is dropped, a blank line dispatches,
@@ -7,6 +7,8 @@ alone reads on, where the body is known to be whole.
 """
 
 from __future__ import annotations
+
+import re
 
 HEARTBEAT = b": heartbeat\n"
 """One line and no blank line after it: clients hand an empty message to the page for a comment that is closed."""
@@ -160,3 +162,51 @@ def opening(retry_ms: int, cursor: str | None) -> bytes:
     None where the response continues from no event of ours.
     """
     return (f"retry: {retry_ms}\n" + (f"id: {cursor}\n" if cursor is not None else "")).encode()
+
+
+# Whole frames of a stream, as its log has them. Each ends in its id, which is `<stream>.<number>`, and a blank line. No
+# other blank line is in a frame, since data has no line end: so what stands before one is always a frame's number.
+
+_NUMBER = re.compile(rb"\.(\d+)\n\n")
+
+
+def last_seq_of(frames: bytes) -> int:
+    """The number of the last of these frames."""
+    return int(frames[frames.rindex(b".") + 1 : -2])
+
+
+def is_end(frames: bytes) -> bool:
+    """Whether the last of these frames is `end`."""
+    return frames.startswith(b"event: end\n", _last_start(frames))
+
+
+def last_data(frames: bytes) -> bytes:
+    """The data of the last of these frames."""
+    return data_of(frames[_last_start(frames) : frames.rindex(b"\nid: ")])
+
+
+def offset_after(frames: bytes, seq: int) -> int:
+    """Where the first of these frames begins whose number is greater than `seq`; their length where there is none.
+
+    The numbers grow from frame to frame, and may have a hole.
+    """
+    number = b".%d\n\n" % seq
+    if (at := frames.find(number)) >= 0:
+        return at + len(number)
+    end = 0
+    for match in _NUMBER.finditer(frames):
+        if int(match[1]) > seq:
+            break
+        end = match.end()
+    return end
+
+
+def cut_at(frames: bytes, start: int, limit: int) -> int:
+    """Where the frames end that have at most `limit` bytes from `start` on; at least one, which may have more."""
+    last = frames.rfind(b"\n\n", start, start + limit)
+    return (last if last >= 0 else frames.index(b"\n\n", start + limit - 1)) + 2
+
+
+def _last_start(frames: bytes) -> int:
+    before = frames.rfind(b"\n\n", 0, -2)
+    return before + 2 if before >= 0 else 0

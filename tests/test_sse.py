@@ -19,7 +19,20 @@ from httpx_sse._decoders import SSEDecoder, SSELineDecoder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aisse.sse import HEARTBEAT, EventTooLargeError, Parser, RawEvent, data_of, frame, opening
+from aisse.sse import (
+    HEARTBEAT,
+    EventTooLargeError,
+    Parser,
+    RawEvent,
+    cut_at,
+    data_of,
+    frame,
+    is_end,
+    last_data,
+    last_seq_of,
+    offset_after,
+    opening,
+)
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 PROPERTY = settings(max_examples=5_000 if SOAK else 250)
@@ -446,6 +459,62 @@ def test_response_of_ours_is_read_by_the_other_parser_as_its_events_alone() -> N
 )
 def test_data_of_lines_is_their_values_joined(body: bytes, data: bytes) -> None:
     assert data_of(body) == data
+
+
+# --- whole frames of a stream -------------------------------------------------------------------------------------
+
+# What an answer may spell that looks like the end of a frame, or like `end`.
+texts = st.sampled_from(["", "x", "s.2", r"\n\nid: s.99.77\n\n", "event: end", "id: s.1", "\u2028id: s.3\u2028\u2028"])
+
+
+@st.composite
+def whole_frames(draw: st.DrawFn) -> list[tuple[int, str, bytes]]:
+    """Of each its number, its data and the frame. Numbers grow, and may have holes; some have several data lines."""
+    frames = []
+    seq = 0
+    for step in draw(st.lists(st.sampled_from([1, 1, 1, 2, 9, 10**9]), min_size=1, max_size=30)):
+        seq += step
+        data, event_type = draw(texts), draw(st.sampled_from(["a", "end", "event: end"]))
+        lines = draw(st.sampled_from(["", f"data: {data}\n"]))
+        body = f"event: {event_type}\ndata: {data}\n{lines}id: fqBYVm-1A.{seq}\n\n".encode()
+        frames.append((seq, data + ("\n" + data if lines else ""), body))
+    return frames
+
+
+@PROPERTY
+@given(whole_frames())
+def test_last_frame_is_known_by_its_number_its_data_and_whether_it_is_the_end(
+    frames: list[tuple[int, str, bytes]],
+) -> None:
+    together = b"".join(body for _, _, body in frames)
+    seq, data, body = frames[-1]
+    assert last_seq_of(together) == seq
+    assert last_data(together) == data.encode()
+    assert is_end(together) is body.startswith(b"event: end\n")
+
+
+@PROPERTY
+@given(frames=whole_frames(), at=st.integers(0, 30), beside=st.integers(-2, 2))
+def test_frames_behind_a_number_are_all_that_have_a_greater_one(
+    frames: list[tuple[int, str, bytes]], at: int, beside: int
+) -> None:
+    """Also where no frame has that number."""
+    together = b"".join(body for _, _, body in frames)
+    seq = max(0, frames[min(at, len(frames) - 1)][0] + beside)
+    rest = b"".join(body for number, _, body in frames if number > seq)
+    assert together[offset_after(together, seq) :] == rest
+
+
+@PROPERTY
+@given(frames=whole_frames(), at=st.integers(0, 30), limit=st.integers(1, 2000))
+def test_frames_are_cut_where_as_many_end_as_fit_but_at_least_one(
+    frames: list[tuple[int, str, bytes]], at: int, limit: int
+) -> None:
+    bodies = [body for _, _, body in frames]
+    at = min(at, len(bodies) - 1)
+    fitting = [count for count in range(len(bodies) - at + 1) if len(b"".join(bodies[at : at + count])) <= limit]
+    expected = b"".join(bodies[: at + max(1, fitting[-1])])
+    assert cut_at(b"".join(bodies), len(b"".join(bodies[:at])), limit) == len(expected)
 
 
 # --- the end of a body that is whole ------------------------------------------------------------------------------

@@ -1,48 +1,18 @@
 """The replay log of one process: a stream's frames, in order, from its first to its last.
 
-A position is a byte offset that lies between two frames; 0 is the beginning. Frames carry their own ids, so a
-sequence number is found by looking for its `id:` line: no index is kept beside them.
+A position is a byte offset that lies between two frames; 0 is the beginning. Frames carry their own numbers, so a
+number is looked for in the frames: no index is kept beside them.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
-from typing import Protocol
+
+from aisse.sse import cut_at, offset_after
 
 # A segment is closed once it holds this much: large enough that its overhead vanishes, small enough that one
 # read of it does not flood a socket's buffer.
 SEGMENT_BYTES = 16 << 10
-
-
-class Log(Protocol):
-    """What streams and readers know of a log. Everything is synchronous and answers from this process's own memory.
-
-    A log that is shared mirrors from here to where it is shared, or from there to here, beside these calls.
-    """
-
-    tail: int
-    """Position behind the last frame."""
-    last_seq: int
-    """Number of the last frame; 0 while there is none."""
-
-    def append(self, frames: bytes, last_seq: int) -> None:
-        """Adds whole frames, the last of which has number `last_seq`. Not to be called after `seal`."""
-
-    def read(self, position: int, limit: int = ...) -> bytes:
-        """Whole frames from `position` on, at most `limit` bytes of them but at least one; empty at the tail."""
-
-    def position_after(self, seq: int) -> int:
-        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it.
-
-        Where there is no such frame, numbers having a hole there, that of the first frame behind the hole.
-        """
-
-    def seal(self) -> None:
-        """The stream has ended: nothing more comes."""
-
-    def discard(self) -> None:
-        """Forgets everything and gives its memory back; the log must not be used again."""
 
 
 class ReplayMemory:
@@ -56,12 +26,20 @@ class ReplayMemory:
 
 
 class MemoryLog:
-    """A log in this process's memory alone. Nothing here fails; bounds are the caller's."""
+    """One stream's log in this process's memory. Everything is synchronous, and nothing fails; bounds are the caller's.
 
-    __slots__ = ("_id_line", "_lasts", "_memory", "_open", "_open_bytes", "_segments", "_starts", "last_seq", "tail")
+    Streams and readers know this alone. A log that is shared with other instances is mirrored from here to where it is
+    shared, or brought from there to here, beside these calls.
 
-    def __init__(self, stream_id: str, memory: ReplayMemory) -> None:
-        self._id_line = b"\nid: " + stream_id.encode() + b"."
+    What was appended is what is read, from any frame on, with readers that follow while it grows
+    (test_any_log_is_the_list_of_its_frames). It costs hardly more memory than it counts
+    (test_log_costs_little_more_than_it_counts), and gives all of it back once
+    (test_discarded_log_gives_back_what_it_held_and_no_more).
+    """
+
+    __slots__ = ("_lasts", "_memory", "_open", "_open_bytes", "_segments", "_starts", "last_seq", "tail")
+
+    def __init__(self, memory: ReplayMemory) -> None:
         self._memory = memory
         self._segments: list[bytes] = []
         self._starts: list[int] = []  # position of each closed segment's first byte
@@ -71,10 +49,12 @@ class MemoryLog:
         self._open: list[bytes] = []
         self._open_bytes = 0
         self.tail = 0
+        """Position behind the last frame."""
         self.last_seq = 0
+        """Number of the last frame; 0 while there is none."""
 
     def append(self, frames: bytes, last_seq: int) -> None:
-        """Counts the bytes as used; closes the segment that they fill."""
+        """Adds whole frames, the last of which has number `last_seq`. Not to be called after `seal`."""
         size = len(frames)
         if size >= SEGMENT_BYTES and not self._open:
             self._starts.append(self.tail)
@@ -90,7 +70,10 @@ class MemoryLog:
             self._close_segment()
 
     def read(self, position: int, limit: int = SEGMENT_BYTES) -> bytes:
-        """Never beyond the end of a segment."""
+        """Whole frames from `position` on, at most `limit` bytes of them but at least one; empty at the tail.
+
+        They never go beyond the end of a segment.
+        """
         if position >= self.tail - self._open_bytes:
             segment, offset = self._open_from(position)
         else:
@@ -98,14 +81,16 @@ class MemoryLog:
             segment, offset = self._segments[index], position - self._starts[index]
         end = len(segment)
         if end - offset > limit:
-            # Frames end in a blank line and contain none.
-            last = segment.rfind(b"\n\n", offset, offset + limit)
-            end = (last if last >= 0 else segment.index(b"\n\n", offset + limit - 1)) + 2
+            end = cut_at(segment, offset, limit)
         # A slice that is the whole is no copy.
         return segment[offset:end]
 
     def position_after(self, seq: int) -> int:
-        """Looks through one segment."""
+        """The position that follows frame `seq`; 0 for 0, the tail for whatever lies at or beyond it.
+
+        Where the numbers have a hole, there is no such frame, and it is that of the first frame behind the hole.
+        One segment is looked through.
+        """
         if seq <= 0:
             return 0
         if seq >= self.last_seq:
@@ -115,20 +100,10 @@ class MemoryLog:
             segment, start = self._segments[index], self._starts[index]
         else:
             segment, start = b"".join(self._open), self.tail - self._open_bytes
-        # Data lines cannot contain this: they hold no line end, and it begins with one.
-        line = self._id_line + b"%d\n\n" % seq
-        if (at := segment.find(line)) >= 0:
-            return start + at + len(line)
-        # A hole, as a producer that was lost leaves.
-        end = 0
-        for match in re.finditer(re.escape(self._id_line) + rb"(\d+)\n\n", segment):
-            if int(match[1]) > seq:
-                break
-            end = match.end()
-        return start + end
+        return start + offset_after(segment, seq)
 
     def seal(self) -> None:
-        """Gives back spare memory."""
+        """The stream has ended: nothing more comes. Gives back spare memory."""
         if not self._open:
             return
         if self._segments and len(self._segments[-1]) < 2 * SEGMENT_BYTES:
@@ -139,7 +114,7 @@ class MemoryLog:
         self._close_segment()
 
     def discard(self) -> None:
-        """Counts the bytes as free."""
+        """Forgets everything and counts its bytes as free; the log must not be used again. Idempotent."""
         self._memory.used -= self.tail
         self._segments.clear()
         self._starts.clear()

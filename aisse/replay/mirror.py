@@ -22,6 +22,7 @@ from aisse.replay import scripts
 from aisse.replay.connection import PROMPT_S, Troubles, backoff_s, heed_cancellation
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.scripts import claim_key, entries_key, readers_key, state_key, withdrawn_key
+from aisse.sse import last_seq_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -93,7 +94,7 @@ class RedisLog(MemoryLog):
 
     def __init__(self, stream_id: str, memory: ReplayMemory, mirror: Mirror, claim: tuple[str, str] | None) -> None:
         """`claim` are the digests of the Idempotency-Key and of the request that came with it."""
-        super().__init__(stream_id, memory)
+        super().__init__(memory)
         self.claim = claim
         self.id = stream_id
         # Made once: they are sent with every append.
@@ -496,8 +497,3 @@ class Mirror:
 def interval_s(lease_s: float) -> float:
     """Seconds between two renewals, and between two looks at what others renew."""
     return min(lease_s / _RENEWALS, _LONGEST_INTERVAL_S)
-
-
-def last_seq_of(frames: bytes) -> int:
-    """The number of the last of these frames."""
-    return int(frames[frames.rindex(b".") + 1 : -2])

@@ -17,8 +17,9 @@ from redis import exceptions
 
 from aisse.replay import scripts
 from aisse.replay.connection import PROMPT_S, Troubles, backoff_s, heed_cancellation
-from aisse.replay.mirror import interval_s, last_seq_of
+from aisse.replay.mirror import interval_s
 from aisse.replay.scripts import entries_key, instance_key, readers_key, state_key
+from aisse.sse import is_end, last_seq_of, offset_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from redis.commands.core import AsyncScript
 
-    from aisse.replay.memory import Log
+    from aisse.replay.memory import MemoryLog
 
 # What one call brings of each stream: two entries, which are at most a segment and a frame.
 _ENTRIES = 2
@@ -52,7 +53,7 @@ class Follower(Protocol):
     """A stream that is generated elsewhere, as it stands here. Everything is synchronous."""
 
     id: str
-    log: Log
+    log: MemoryLog
     last_reader_stalled: bool
     """Whether the reader that left last had bytes waiting for it."""
 
@@ -302,16 +303,15 @@ class Tailer:
         last_seq = last_seq_of(frames)
         if last_seq <= stream.log.last_seq:
             return
-        if before < stream.log.last_seq:
-            # Redis was emptied and given everything again, cut in other places.
-            _, _, rest = frames.partition(b"\nid: %b.%d\n\n" % (stream.id.encode(), stream.log.last_seq))
-            # Or the end of a lost producer, which Redis had got less of than this process.
-            frames = rest or (frames if is_end(frames) else b"")
-        if before > stream.log.last_seq or not frames:
+        if before > stream.log.last_seq:
             _log.error("shared log has a hole", stream_id=stream.id[:8])
             self._followed.pop(entries_key(stream.id).encode(), None)
             stream.conclude(*stream.burial())
             return
+        if before < stream.log.last_seq:
+            # Redis was emptied and given everything again, cut in other places. Or it is the end of a lost producer, of
+            # which Redis had got less than this process: its number lies behind a hole, and all of it is new.
+            frames = frames[offset_after(frames, stream.log.last_seq) :]
         if is_end(frames):
             self._followed.pop(entries_key(stream.id).encode(), None)
             stream.conclude(frames, last_seq)
@@ -429,8 +429,3 @@ class Tailer:
             self._followed.pop(followed.entries.encode(), None)
             stream = followed.stream
             stream.conclude(*(stream.renunciation() if withdrawn else stream.burial()))
-
-
-def is_end(frames: bytes) -> bool:
-    """Whether the last of these frames is `end`."""
-    return frames[:-2].rpartition(b"\n\n")[2].startswith(b"event: end\n")

@@ -6,7 +6,7 @@ import enum
 import json
 
 from aisse.errors import StreamError
-from aisse.sse import data_of, frame
+from aisse.sse import frame, last_data
 
 
 class Reason(enum.StrEnum):
@@ -83,8 +83,7 @@ def never_began(stream_id: str, seq: int = 0) -> tuple[bytes, int]:
 
 def told_by(frames: bytes) -> tuple[Reason, dict[str, int]]:
     """The reason and the usage that `frames` tell, the last of which is an `end` of ours."""
-    end = frames[:-2].rpartition(b"\n\n")[2]
-    said = json.loads(data_of(end.rpartition(b"\nid: ")[0]))
+    said = json.loads(last_data(frames))
     return Reason(said["reason"]), said["usage"]
 
 

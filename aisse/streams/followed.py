@@ -149,7 +149,7 @@ class Following:
             return False
         stream = FollowedStream(
             stream_id,
-            MemoryLog(stream_id, self._table.memory),
+            MemoryLog(self._table.memory),
             self._format,
             now=asyncio.get_running_loop().time(),
             created_at=found.created_at,

@@ -217,7 +217,7 @@ class Registry:
         settings, shared = self._settings, self._shared
         stream = Stream(
             stream_id,
-            shared.log(stream_id, claim) if shared is not None else MemoryLog(stream_id, self._table.memory),
+            shared.log(stream_id, claim) if shared is not None else MemoryLog(self._table.memory),
             now=asyncio.get_running_loop().time(),
             # One more read of the socket may bring what the kernel holds: twice SO_RCVBUF, socket(7).
             read_ahead_bytes=max(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from aisse.errors import StreamError
-    from aisse.replay.memory import Log
+    from aisse.replay.memory import MemoryLog
     from aisse.streams.leave import LeaveTime
 
 
@@ -118,7 +118,7 @@ class Stream:
     def __init__(
         self,
         stream_id: str,
-        log: Log,
+        log: MemoryLog,
         *,
         now: float,
         read_ahead_bytes: int,

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from aisse.replay.memory import SEGMENT_BYTES, Log, MemoryLog, ReplayMemory
+from aisse.replay.memory import SEGMENT_BYTES, MemoryLog, ReplayMemory
 from aisse.replay.mirror import Mirror
 from aisse.sse import Parser, frame
 
@@ -25,17 +25,17 @@ PROPERTY = settings(
 
 STREAM = "fqBYVmVpYWb0mJ4ZXc_-1A"
 
-NewLog = Callable[[ReplayMemory], Log]
+NewLog = Callable[[ReplayMemory], MemoryLog]
 
 
 @pytest.fixture(params=["memory", "redis"])
 def new_log(request: pytest.FixtureRequest) -> NewLog:
     """Makes an empty log of STREAM. Every log that there is belongs into `params`.
 
-    What the shared one does beside these calls is test_redis.py's; here nothing is connected.
+    What the shared one does beside these calls is test_mirror.py's; here nothing is connected.
     """
     if request.param == "memory":
-        return lambda memory: MemoryLog(STREAM, memory)
+        return MemoryLog
     mirror = Mirror(Redis(), Nobody(), tick_s=0.02, lease_s=6, retention_s=300)
     return lambda memory: mirror.log(STREAM, memory)
 
@@ -61,7 +61,7 @@ def memory() -> ReplayMemory:
 
 
 @pytest.fixture
-def log(new_log: NewLog, memory: ReplayMemory) -> Log:
+def log(new_log: NewLog, memory: ReplayMemory) -> MemoryLog:
     return new_log(memory)
 
 
@@ -69,7 +69,7 @@ def numbered(seq: int, data: str = "", event_type: str = "content_block_delta") 
     return frame(event_type, data, f"{STREAM}.{seq}")
 
 
-def fill(log: Log, sizes: list[int], per_append: int = 1) -> list[bytes]:
+def fill(log: MemoryLog, sizes: list[int], per_append: int = 1) -> list[bytes]:
     """Appends a frame for each size of its data, some at a time; returns them."""
     frames = [numbered(log.last_seq + offset, "x" * size) for offset, size in enumerate(sizes, 1)]
     for at in range(0, len(frames), per_append):
@@ -78,7 +78,7 @@ def fill(log: Log, sizes: list[int], per_append: int = 1) -> list[bytes]:
     return frames
 
 
-def reads(log: Log, position: int, limit: int = SEGMENT_BYTES) -> list[bytes]:
+def reads(log: MemoryLog, position: int, limit: int = SEGMENT_BYTES) -> list[bytes]:
     """What a reader at `position` gets, read by read, up to the tail."""
     got = []
     while part := log.read(position, limit):
@@ -95,18 +95,18 @@ def positions(frames: list[bytes]) -> list[int]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def test_empty_log_has_nothing_to_read(log: Log) -> None:
+def test_empty_log_has_nothing_to_read(log: MemoryLog) -> None:
     assert (log.tail, log.last_seq) == (0, 0)
     assert log.read(0) == b""
 
 
-def test_frame_is_read_as_it_was_appended(log: Log) -> None:
+def test_frame_is_read_as_it_was_appended(log: MemoryLog) -> None:
     log.append(numbered(1, "hello"), 1)
     assert log.read(0) == numbered(1, "hello")
     assert (log.tail, log.last_seq) == (len(numbered(1, "hello")), 1)
 
 
-def test_read_at_the_tail_is_empty_until_the_next_append(log: Log) -> None:
+def test_read_at_the_tail_is_empty_until_the_next_append(log: MemoryLog) -> None:
     fill(log, [10, 10])
     position = log.tail
     assert log.read(position) == b""
@@ -116,7 +116,7 @@ def test_read_at_the_tail_is_empty_until_the_next_append(log: Log) -> None:
 
 
 @pytest.mark.parametrize("per_append", [1, 7, 1000])
-def test_log_of_many_segments_is_read_from_every_frame_on(log: Log, per_append: int) -> None:
+def test_log_of_many_segments_is_read_from_every_frame_on(log: MemoryLog, per_append: int) -> None:
     frames = fill(log, [37] * 1500, per_append)
     assert log.tail > 4 * SEGMENT_BYTES
     whole = b"".join(frames)
@@ -126,7 +126,7 @@ def test_log_of_many_segments_is_read_from_every_frame_on(log: Log, per_append: 
 
 @pytest.mark.parametrize("per_append", [1, 7])
 @pytest.mark.parametrize("limit", [1, 60, 400, 5000, SEGMENT_BYTES, 10 * SEGMENT_BYTES])
-def test_read_gives_whole_frames_up_to_its_limit_but_at_least_one(log: Log, limit: int, per_append: int) -> None:
+def test_read_gives_whole_frames_up_to_its_limit_but_at_least_one(log: MemoryLog, limit: int, per_append: int) -> None:
     """A reader's write is what one read gives: neither a part of a frame nor a flood, nor a frame at a time."""
     frames = fill(log, [100, 5000, 3, 3, 3, 20_000, 3] * 30, per_append)
     borders = set(positions(frames))
@@ -142,7 +142,7 @@ def test_read_gives_whole_frames_up_to_its_limit_but_at_least_one(log: Log, limi
     assert apart <= 2 * (log.tail // SEGMENT_BYTES) + 1
 
 
-def test_read_at_its_limit_exactly_is_not_cut(log: Log) -> None:
+def test_read_at_its_limit_exactly_is_not_cut(log: MemoryLog) -> None:
     first, second, third = fill(log, [10, 20, 30])
     assert log.read(0, len(first + second)) == first + second
     assert log.read(0, len(first + second) - 1) == first
@@ -152,7 +152,7 @@ def test_read_at_its_limit_exactly_is_not_cut(log: Log) -> None:
     assert log.read(len(first), len(second + third)) == second + third
 
 
-def test_frame_that_fills_a_segment_exactly_is_followed_by_the_next(log: Log) -> None:
+def test_frame_that_fills_a_segment_exactly_is_followed_by_the_next(log: MemoryLog) -> None:
     overhead = len(numbered(1))
     frames = fill(log, [SEGMENT_BYTES - overhead, 0, SEGMENT_BYTES - 2 * overhead, SEGMENT_BYTES - overhead - 1, 0, 0])
     assert len(frames[0]) == SEGMENT_BYTES
@@ -162,7 +162,7 @@ def test_frame_that_fills_a_segment_exactly_is_followed_by_the_next(log: Log) ->
         assert b"".join(reads(log, position)) == b"".join(frames[seq:])
 
 
-def test_frames_larger_than_a_segment_stay_whole(log: Log) -> None:
+def test_frames_larger_than_a_segment_stay_whole(log: MemoryLog) -> None:
     frames = fill(log, [5, 3 * SEGMENT_BYTES, 5, 10 * SEGMENT_BYTES, SEGMENT_BYTES, 5])
     assert b"".join(reads(log, 0)) == b"".join(frames)
     for seq, position in enumerate(positions(frames)):
@@ -171,7 +171,7 @@ def test_frames_larger_than_a_segment_stay_whole(log: Log) -> None:
         assert part.startswith(b"".join(frames[seq : seq + 1]))
 
 
-def test_many_frames_in_one_append_are_found_one_by_one(log: Log) -> None:
+def test_many_frames_in_one_append_are_found_one_by_one(log: MemoryLog) -> None:
     frames = fill(log, [11] * 3000, per_append=3000)
     for seq, position in enumerate(positions(frames)):
         assert log.position_after(seq) == position
@@ -181,7 +181,7 @@ def test_many_frames_in_one_append_are_found_one_by_one(log: Log) -> None:
 
 
 @pytest.mark.parametrize("per_append", [1, 7])
-def test_every_number_has_its_position_while_the_log_grows(log: Log, per_append: int) -> None:
+def test_every_number_has_its_position_while_the_log_grows(log: MemoryLog, per_append: int) -> None:
     """Through 1 to 1,200: no number is found in another that contains its digits."""
     appended: list[bytes] = []
     for _ in range(1200 // 60):
@@ -190,14 +190,14 @@ def test_every_number_has_its_position_while_the_log_grows(log: Log, per_append:
             assert log.position_after(seq) == position
 
 
-def test_position_before_the_first_frame_is_the_beginning(log: Log) -> None:
+def test_position_before_the_first_frame_is_the_beginning(log: MemoryLog) -> None:
     assert log.position_after(0) == 0
     fill(log, [10, 10])
     assert log.position_after(0) == 0
 
 
 @pytest.mark.parametrize("before", [0, 1, 3, 400])
-def test_position_in_a_hole_is_the_first_frame_behind_it(log: Log, before: int) -> None:
+def test_position_in_a_hole_is_the_first_frame_behind_it(log: MemoryLog, before: int) -> None:
     """As a producer leaves one that was lost: in the open segment, and in one that is closed."""
     frames = fill(log, [100] * before)
     log.append(numbered(before + 1000), before + 1000)
@@ -209,7 +209,7 @@ def test_position_in_a_hole_is_the_first_frame_behind_it(log: Log, before: int) 
         log.seal()
 
 
-def test_position_beyond_the_last_frame_is_the_tail(log: Log) -> None:
+def test_position_beyond_the_last_frame_is_the_tail(log: MemoryLog) -> None:
     assert log.position_after(1) == 0
     fill(log, [10, 10])
     assert [log.position_after(seq) for seq in (2, 3, 2**53)] == [log.tail] * 3
@@ -226,7 +226,7 @@ def test_position_beyond_the_last_frame_is_the_tail(log: Log) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [0, SEGMENT_BYTES])
-def test_text_like_an_id_line_misleads_no_position(log: Log, text: str, size: int) -> None:
+def test_text_like_an_id_line_misleads_no_position(log: MemoryLog, text: str, size: int) -> None:
     frames = [
         numbered(1, text),
         # Several data lines, as the upstream may send them.
@@ -243,7 +243,7 @@ def test_text_like_an_id_line_misleads_no_position(log: Log, text: str, size: in
 
 
 @pytest.mark.parametrize("sizes", [[], [10], [37] * 1500, [3 * SEGMENT_BYTES], [10, 3 * SEGMENT_BYTES, 10]])
-def test_sealed_log_reads_as_before(log: Log, memory: ReplayMemory, sizes: list[int]) -> None:
+def test_sealed_log_reads_as_before(log: MemoryLog, memory: ReplayMemory, sizes: list[int]) -> None:
     frames = fill(log, sizes)
     log.seal()
     assert (log.tail, log.last_seq, memory.used) == (len(b"".join(frames)), len(frames), log.tail)
@@ -257,14 +257,14 @@ def test_sealed_log_reads_as_before(log: Log, memory: ReplayMemory, sizes: list[
 @pytest.mark.parametrize("rest", [1, SEGMENT_BYTES // 2, SEGMENT_BYTES - 100])
 def test_sealed_log_keeps_no_short_piece_beside_whole_ones(memory: ReplayMemory, segments: int, rest: int) -> None:
     """It would leave a hole in the heap that fits nothing."""
-    log = MemoryLog(STREAM, memory)
+    log = MemoryLog(memory)
     fill(log, [SEGMENT_BYTES // 64] * 64 * segments + [rest])
     log.seal()
     assert all(len(piece) >= SEGMENT_BYTES for piece in log._segments[: len(log._segments) if segments else 0])
 
 
 def test_sealed_log_copies_no_long_piece_for_a_short_one(memory: ReplayMemory) -> None:
-    log = MemoryLog(STREAM, memory)
+    log = MemoryLog(memory)
     fill(log, [1 << 20, 10])
     long = log._segments[0]
     log.seal()
@@ -284,7 +284,7 @@ def test_discarded_log_gives_back_what_it_held_and_no_more(new_log: NewLog, memo
     assert memory.used == kept.tail == len(kept.read(0))
 
 
-def test_log_discarded_twice_gives_back_once(log: Log, new_log: NewLog, memory: ReplayMemory) -> None:
+def test_log_discarded_twice_gives_back_once(log: MemoryLog, new_log: NewLog, memory: ReplayMemory) -> None:
     other = new_log(memory)
     fill(other, [10])
     fill(log, [10])

@@ -16,7 +16,7 @@ from redis import exceptions
 from aisse.replay import mirror as mirror_module
 from aisse.replay import scripts
 from aisse.replay.memory import SEGMENT_BYTES, ReplayMemory
-from aisse.replay.mirror import Mirror, RedisLog, interval_s, last_seq_of
+from aisse.replay.mirror import Mirror, RedisLog, interval_s
 from aisse.sse import frame
 
 if TYPE_CHECKING:
@@ -617,8 +617,3 @@ async def test_read_only_redis_is_left_for_what_takes_its_address(bed: Bed) -> N
         await eventually(lambda: bed.redis.disconnected > 0)
         bed.redis.answers["APPEND"] = bed.append
         assert await bed.mirror.settled(9)
-
-
-def test_number_of_the_last_frame_is_read_from_its_id() -> None:
-    frames = frame("a", "x.1", "s.8") + frame("b", "\\n\\nid: s.99.77", "s.123")
-    assert last_seq_of(frames) == 123

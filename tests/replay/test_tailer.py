@@ -19,14 +19,13 @@ from aisse.replay import tailer as tailer_module
 from aisse.replay.memory import MemoryLog, ReplayMemory
 from aisse.replay.mirror import interval_s
 from aisse.replay.scripts import entries_key, state_key
-from aisse.replay.tailer import Found, Tailer, is_end
+from aisse.replay.tailer import Found, Tailer
 from aisse.sse import frame
 from aisse.streams.endings import Reason, ending, failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aisse.replay.memory import Log
 
 LEASE_S = 2.0
 READ_AHEAD_BYTES = 4000
@@ -38,7 +37,7 @@ class Follower:
 
     def __init__(self, number: int = 0) -> None:
         self.id = f"{number:022}"
-        self.log: Log = MemoryLog(self.id, ReplayMemory(1 << 40))
+        self.log = MemoryLog(ReplayMemory(1 << 40))
         self.reason: object = None
         self.furthest = 0
         self.readers = 1
@@ -284,15 +283,6 @@ async def test_idle_tailer_is_not_woken_by_each_tick(bed: Bed, monkeypatch: pyte
         before = turned.copy()
         await eventually(lambda: turned["attend"] > before["attend"] + 20)
         assert turned["tail"] <= before["tail"] + 1
-
-
-def test_end_is_told_from_text_that_looks_like_it() -> None:
-    follower = Follower()
-    end = follower.end_entry(2)[1][b"f"]
-    assert is_end(end)
-    assert is_end(follower.frames(1, 2) + end)
-    assert not is_end(end + follower.frames(4, 4))
-    assert not is_end(frame("a", "event: end", "x.1"))
 
 
 # --- who is read here ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Case:
     def __init__(self) -> None:
         self.stream = Stream(
             ID,
-            MemoryLog(ID, ReplayMemory(1 << 30)),
+            MemoryLog(ReplayMemory(1 << 30)),
             now=CREATED,
             read_ahead_bytes=1,
             stream_bytes=1 << 30,

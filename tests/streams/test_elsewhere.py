@@ -318,7 +318,7 @@ async def test_streams_of_others_need_room_like_our_own(monkeypatch: pytest.Monk
 
 
 async def test_usage_of_a_stream_that_runs_elsewhere_is_what_its_frames_say() -> None:
-    log, anthropic = MemoryLog(ID, ReplayMemory(1 << 30)), Anthropic(Settings())
+    log, anthropic = MemoryLog(ReplayMemory(1 << 30)), Anthropic(Settings())
     stream = FollowedStream(ID, log, anthropic, now=0.0, created_at=0.0, on_end=lambda _: None)
     data = '{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}'
     stream.publish(frame("message_start", data, f"{ID}.1"), 1)

@@ -118,7 +118,7 @@ async def one_stream(**settings: Any) -> AsyncIterator[OneStream]:
     registry = Registry(effective, Upstream(NOWHERE, effective, Anthropic(effective)))
     stream = Stream(
         STREAM_ID,
-        MemoryLog(STREAM_ID, ReplayMemory(effective.replay_bytes)),
+        MemoryLog(ReplayMemory(effective.replay_bytes)),
         now=asyncio.get_running_loop().time(),
         read_ahead_bytes=effective.read_ahead_bytes,
         stream_bytes=effective.stream_bytes,
@@ -1064,7 +1064,7 @@ class Model:
         self.read_ahead_bytes = read_ahead_bytes
         self.stream = Stream(
             STREAM_ID,
-            MemoryLog(STREAM_ID, ReplayMemory(1 << 30)),
+            MemoryLog(ReplayMemory(1 << 30)),
             now=asyncio.get_running_loop().time(),
             read_ahead_bytes=read_ahead_bytes,
             stream_bytes=1 << 30,

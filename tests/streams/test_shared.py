@@ -1535,7 +1535,7 @@ EVENTS = st.one_of(
 @given(batches=st.lists(st.lists(EVENTS, min_size=1, max_size=5), max_size=8))
 def test_usage_of_a_followed_stream_is_known_as_its_events_come(batches: list[list[tuple[str, Any]]]) -> None:
     stream_id = "A" * 22
-    log = UnreadLog(stream_id, ReplayMemory(1 << 20))
+    log = UnreadLog(ReplayMemory(1 << 20))
     anthropic = Anthropic(Settings())
     stream = FollowedStream(stream_id, log, anthropic, now=0.0, created_at=0.0, on_end=lambda _stream: None)
     usage = {"input_tokens": 0, "output_tokens": 0}

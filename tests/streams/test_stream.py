@@ -47,7 +47,7 @@ def make_stream(
 ) -> Stream:
     return Stream(
         ID,
-        MemoryLog(ID, ReplayMemory(1 << 30)),
+        MemoryLog(ReplayMemory(1 << 30)),
         now=asyncio.get_running_loop().time(),
         read_ahead_bytes=read_ahead_bytes,
         stream_bytes=stream_bytes,
@@ -345,7 +345,7 @@ async def test_log_is_sealed_behind_its_last_frame() -> None:
             super().seal()
 
     stream = make_stream()
-    stream.log = log = Sealable(ID, ReplayMemory(1 << 30))
+    stream.log = log = Sealable(ReplayMemory(1 << 30))
     publish(stream, 5)
     assert log.sealed_at == -1
     stream.finish(Reason.TRUNCATED)
