@@ -177,13 +177,6 @@ class Store:
     def do_hget(self, key: bytes, name: bytes) -> bytes | None:
         return (self._get(key) or {}).get(name)
 
-    def do_hdel(self, key: bytes, *names: bytes) -> int:
-        value = self._get(key) or {}
-        found = sum(value.pop(name, None) is not None for name in names)
-        if found and not value:
-            self.do_del(key)
-        return found
-
     def do_hmget(self, key: bytes, *names: bytes) -> list[bytes | None]:
         return [self.do_hget(key, name) for name in names]
 
@@ -201,6 +194,8 @@ class Store:
         if found and not value:
             self.do_del(key)
         return int(found)
+
+    do_hdel = do_zrem
 
     def do_zcount(self, key: bytes, low: bytes, high: bytes) -> int:
         return sum(float(low) <= score <= float(high) for score in (self._get(key) or {}).values())

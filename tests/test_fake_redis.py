@@ -15,11 +15,12 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis_server import binaries, redis_server, required
 
-from aisse.replay import scripts
-from aisse.replay.scripts import claim_key, entries_key, instance_key, readers_key, state_key, withdrawn_key
+from aisse.replay.follower_scripts import AskToStop, Attend, Bury, Look, ReadHere
+from aisse.replay.producer_scripts import Append, Claim, Create, Group, NewStream, Renew, Withdraw
+from aisse.replay.scripts import Script, StreamKeys, instance_key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 
@@ -27,13 +28,15 @@ SOAK = os.environ.get("TESTS_SOAK") == "1"
 APART_MS = 30_000
 LONG_MS = 3_600_000
 
-Call = tuple[Any, ...]
+# A script, or the parts of a command.
+Call = Script[Any] | tuple[Any, ...]
 
 STREAMS = ["a" * 22, "a" + "b" * 21]
+KEYS = {stream_id: StreamKeys(stream_id) for stream_id in STREAMS}
 DIGESTS = ["a1", "a2"]
 stream = st.sampled_from([STREAMS[0], *STREAMS])
 token = st.sampled_from(["t1", "t1", "t1", "t2"])
-ends = st.sampled_from([0, 0, 0, 1])
+ends = st.sampled_from([False, False, False, True])
 seq = st.integers(0, 4)
 # Long leases, or ones that have lapsed long ago: what is between depends on the moment.
 lease_ms = st.sampled_from([LONG_MS, -LONG_MS])
@@ -41,105 +44,84 @@ digest = st.sampled_from(DIGESTS)
 some = st.lists(stream, min_size=1, max_size=2, unique=True)
 
 
-def evaluate(script: str, keys: Sequence[str], *args: object) -> Call:
-    return "EVAL", script, keys, args
+def of_some(values: Callable[[str], st.SearchStrategy[Any]]) -> st.SearchStrategy[list[Any]]:
+    """A list with the value of each of some streams."""
+    return some.flatmap(lambda ids: st.tuples(*map(values, ids)).map(list))
 
 
-@st.composite
-def created(draw: st.DrawFn) -> Call:
-    keys: list[str] = []
-    args: list[object] = [draw(token), draw(lease_ms), LONG_MS, LONG_MS]
-    for each in draw(some):
-        key = draw(st.sampled_from([None, *DIGESTS]))
-        keys += (state_key(each), entries_key(each), withdrawn_key(each))
-        keys.append(claim_key(key) if key else state_key(each))
-        args += (each, 5, "d" if key else "")
-    return evaluate(scripts.CREATE, keys, *args)
-
-
-@st.composite
-def appended(draw: st.DrawFn) -> Call:
-    """What comes after the last frame that is there, as most does, or after another one."""
-    groups = [
-        (each, draw(st.sampled_from([None, None, None, 0, 3])), draw(st.integers(0, 2)), draw(ends), draw(st.binary()))
-        for each in draw(some)
-    ]
-    return "APPEND", draw(token), groups
+NewStreams = of_some(
+    lambda each: st.builds(NewStream, st.just(each), st.just(0.005), st.none() | digest.map(lambda key: (key, "d")))
+)
+# What comes after the last frame that is there, as most does, or after another one.
+BEFORE_LAST = -1
+Groups = of_some(
+    lambda each: st.builds(
+        lambda before, more, ends, frames: Group(KEYS[each], before, before + more, ends, frames),
+        st.sampled_from([BEFORE_LAST, BEFORE_LAST, BEFORE_LAST, 0, 3]),
+        st.integers(0, 2),
+        ends,
+        st.binary(),
+    )
+)
+ReadHeres = of_some(
+    lambda each: st.builds(
+        ReadHere,
+        st.just(KEYS[each]),
+        st.booleans(),
+        st.integers(0, 9999),
+        st.sampled_from([0, 0, LONG_MS, 2 * LONG_MS]),
+        st.booleans(),
+    )
+)
 
 
 def resolved(call: Call, store: Store) -> Call:
-    if call[0] != "APPEND":
+    """With the numbers that fit to what is there."""
+    if not isinstance(call, Append):
         return call
-    keys: list[str] = []
-    args: list[object] = [call[1], LONG_MS]
-    for each, before, more, end, frames in call[2]:
-        keys += (state_key(each), entries_key(each))
-        last = int(store.execute(b"HGET", state_key(each).encode(), b"last") or 0) if before is None else before
-        args += (last, last + more, end, frames)
-    return evaluate(scripts.APPEND, keys, *args)
-
-
-@st.composite
-def attended(draw: st.DrawFn) -> Call:
-    keys: list[str] = []
-    args: list[object] = [draw(token), LONG_MS]
-    for each in draw(some):
-        keys += (state_key(each), readers_key(each))
-        args += (draw(st.integers(0, 1)), draw(st.integers(0, 9999)))
-        args += (draw(st.sampled_from([0, 0, LONG_MS, 2 * LONG_MS])), draw(st.integers(0, 1)))
-    return evaluate(scripts.ATTEND, keys, *args)
-
-
-def renewed(token: str, lease_ms: int, some: list[str]) -> Call:
-    keys = [key for each in some for key in (state_key(each), entries_key(each), readers_key(each))]
-    return evaluate(scripts.RENEW, keys, token, lease_ms, LONG_MS)
-
-
-def buried(stream: str, last: int, in_time: bool) -> Call:
-    latest = LONG_MS * 10**6 if in_time else 0
-    return evaluate(scripts.BURY, [state_key(stream), entries_key(stream)], last, last + 10**9, "end", LONG_MS, latest)
-
-
-def looked(script: str, some: list[str]) -> Call:
-    return evaluate(script, [instance_key("t1"), *map(state_key, some)])
-
-
-def claimed(digest: str, stream: str, request: str, token: str, lease_ms: int) -> Call:
-    keys = [claim_key(digest), state_key(stream), withdrawn_key(stream)]
-    prefix = entries_key(stream).removesuffix(stream)
-    return evaluate(scripts.CLAIM, keys, prefix, stream, request, token, lease_ms, LONG_MS, LONG_MS, 7)
-
-
-def withdrawn(stream: str, digest: str | None) -> Call:
-    keys = [state_key(stream), entries_key(stream), withdrawn_key(stream)] + ([claim_key(digest)] if digest else [])
-    return evaluate(scripts.WITHDRAW, keys, stream, LONG_MS, LONG_MS, 9, "end")
+    groups = []
+    for group in call.groups:
+        if group.before == BEFORE_LAST:
+            last = int(store.execute(b"HGET", group.keys.state, b"last") or 0)
+            group = group._replace(before=last, last=last + group.last - BEFORE_LAST)  # noqa: PLW2901
+        groups.append(group)
+    return Append(call.token, call.keep_ms, groups)
 
 
 # Most calls do something only where there is a stream.
-THERE = evaluate(
-    scripts.CREATE,
-    [state_key(STREAMS[0]), entries_key(STREAMS[0]), withdrawn_key(STREAMS[0]), state_key(STREAMS[0])],
-    *("t1", LONG_MS, LONG_MS, LONG_MS, STREAMS[0], 5, ""),
-)
+THERE = Create("t1", LONG_MS, LONG_MS, LONG_MS, [NewStream(STREAMS[0], 0.005, None)])
 
 calls = st.one_of(
-    created(),
-    appended(),
-    appended(),
-    attended(),
-    attended(),
-    st.builds(renewed, token, lease_ms, some),
-    st.builds(renewed, token, lease_ms, some),
-    st.builds(buried, stream, seq, st.booleans()),
-    st.builds(looked, st.sampled_from([scripts.LOOK, scripts.STOP_ASKED]), some),
-    st.builds(claimed, digest, stream, st.sampled_from(["d", "e"]), token, lease_ms),
-    st.builds(withdrawn, stream, st.none() | digest),
+    st.builds(lambda token, lease_ms, new: Create(token, lease_ms, LONG_MS, LONG_MS, new), token, lease_ms, NewStreams),
+    *[st.builds(lambda token, groups: Append(token, LONG_MS, groups), token, Groups)] * 2,
+    *[st.builds(lambda token, told: Attend(token, LONG_MS, told), token, ReadHeres)] * 2,
+    *[
+        st.builds(
+            lambda token, lease_ms, ids: Renew(token, lease_ms, LONG_MS, [KEYS[each] for each in ids]),
+            *(token, lease_ms, some),
+        )
+    ]
+    * 2,
+    st.builds(
+        lambda each, last, latest_ms: Bury(KEYS[each], last, last + 10**9, b"end", LONG_MS, latest_ms),
+        *(stream, seq, st.sampled_from([0, LONG_MS * 10**6])),
+    ),
+    st.builds(lambda kind, ids: kind("t1", ids), st.sampled_from([Look, AskToStop]), some),
+    st.builds(
+        lambda key, each, request, token, lease_ms: Claim(key, each, request, token, lease_ms, LONG_MS, LONG_MS, 0.007),
+        *(digest, stream, st.sampled_from(["d", "e"]), token, lease_ms),
+    ),
+    st.builds(lambda each, key: Withdraw(each, key, LONG_MS, LONG_MS, 9, b"end"), stream, st.none() | digest),
     st.builds(lambda: ("PEXPIRE", instance_key("t1"), LONG_MS)),
     st.builds(lambda: ("SET", instance_key("t1"), 1, "PX", LONG_MS)),
-    st.builds(lambda each, after: ("XRANGE", entries_key(each), f"({after}-0", "+", "COUNT", 2), stream, seq),
-    st.builds(lambda each: ("XREVRANGE", entries_key(each), "+", "-", "COUNT", 1), stream),
+    st.builds(lambda each, after: ("XRANGE", KEYS[each].entries, f"({after}-0", "+", "COUNT", 2), stream, seq),
+    st.builds(lambda each: ("XREVRANGE", KEYS[each].entries, "+", "-", "COUNT", 1), stream),
     st.builds(
-        lambda some, after: ("XREAD", "COUNT", 2, "STREAMS", *map(entries_key, some), *[f"{after}-0"] * len(some)),
+        lambda ids, after: (
+            *("XREAD", "COUNT", 2, "STREAMS"),
+            *(KEYS[each].entries for each in ids),
+            *[f"{after}-0"] * len(ids),
+        ),
         some,
         seq,
     ),
@@ -151,10 +133,10 @@ def asked(store: Store, call: Call) -> Any:
         return value if isinstance(value, bytes) else str(value).encode()
 
     try:
-        if call[0] == "EVAL":
-            _, script, keys, args = call
-            sha = store.execute(b"SCRIPT", b"LOAD", script.encode())
-            return store.execute(b"EVALSHA", sha, raw(len(keys)), *map(raw, keys), *map(raw, args))
+        if isinstance(call, Script):
+            keys, args = call.keys(), call.args()
+            sha = store.execute(b"SCRIPT", b"LOAD", call.LUA.encode())
+            return store.execute(b"EVALSHA", sha, raw(len(keys)), *keys, *map(raw, args))
         return store.execute(*map(raw, call))
     except RefusedError as error:
         return str(error).partition(" ")[0]
@@ -162,9 +144,8 @@ def asked(store: Store, call: Call) -> Any:
 
 async def really_asked(client: Redis, call: Call) -> Any:
     try:
-        if call[0] == "EVAL":
-            _, script, keys, args = call
-            return await client.eval(script, len(keys), *keys, *args)
+        if isinstance(call, Script):
+            return await client.eval(call.LUA, len(call.keys()), *call.keys(), *call.args())
         connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             await connection.send_command(*call)
@@ -226,6 +207,8 @@ def test_scripts_do_inside_the_test_what_they_do_in_a_server(engine: str) -> Non
                 call = resolved(call, store)  # noqa: PLW2901 - it depends on what is there
                 ours, real = asked(store, call), await really_asked(client, call)
                 assert alike(ours, real), (call, ours, real)
+                if isinstance(call, Script) and ours != "WITHDRAWN":
+                    call.read(ours)
             await held_by(store, client)
 
         @settings(max_examples=2000 if SOAK else 100)

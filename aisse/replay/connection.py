@@ -1,34 +1,57 @@
-"""Connections to Redis: how they are made, how long anything may take, and in which words it is told what is wrong."""
+"""Connections to Redis: how they are made, how long an answer may take, and what is wrong with a URL."""
 
 from __future__ import annotations
 
 import asyncio
-import random
+import contextlib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import structlog
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from aisse.errors import ConfigError
+from aisse.replay import follower_scripts, producer_scripts
+
+if TYPE_CHECKING:
+    from redis.commands.core import AsyncScript
+
+    from aisse.replay.scripts import Answer, Script
 
 ANSWER_S = 2.0
 """How long Redis may take for one answer: longer than any of our calls takes by far, and well within a lease."""
 
-PROMPT_S = 1.0
-"""An exchange that took longer says that Redis may have stood still, and leases lapsed with it."""
-
-# What is waited after a failure, doubled each time.
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 1.0
-
-_log = structlog.get_logger("aisse.replay")
+SCRIPTS = (*producer_scripts.ALL, *follower_scripts.ALL)
 
 
-def connect(url: str, connections: int, answer_s: float, **options: Any) -> Redis:
+class Client(Redis):
+    """A client that runs our scripts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._registered: dict[type[Script[Any]], AsyncScript] = {
+            script: self.register_script(script.LUA) for script in SCRIPTS
+        }
+
+    async def run(self, script: Script[Answer]) -> Answer:
+        """Runs it as a whole, or not at all; where no answer comes nobody knows which. Raises RedisError."""
+        try:
+            said = await self._registered[type(script)](keys=script.keys(), args=script.args())
+        except exceptions.ReadOnlyError:
+            # This server was replaced by another, to which its address leads by now.
+            with contextlib.suppress(Exception):
+                await self.connection_pool.disconnect(inuse_connections=False)
+            raise
+        return script.read(said)
+
+    async def load_scripts(self) -> None:
+        """Has Redis know all scripts. Without it, each is sent the first time that it is run. Raises RedisError."""
+        await asyncio.gather(*(self.script_load(script.LUA) for script in SCRIPTS))
+
+
+def connect(url: str, connections: int, answer_s: float, **options: Any) -> Client:
     """A client with at most so many connections, none of them open yet. Raises ConfigError for what is no URL."""
     try:
         pool = BlockingConnectionPool.from_url(
@@ -44,7 +67,7 @@ def connect(url: str, connections: int, answer_s: float, **options: Any) -> Redi
         )
     except ValueError as error:
         raise ConfigError(f"log: is no URL of a Redis: {error}") from None
-    return Redis.from_pool(pool)  # closes it, too
+    return cast("Client", Client.from_pool(pool))  # closes it, too
 
 
 def wrong_url(error: BaseException) -> str | None:
@@ -64,64 +87,3 @@ def wrong_url(error: BaseException) -> str | None:
                 return "Redis wants a password; put it into the URL, and that into AISSE_LOG"
             return f"Redis refuses us ({re.sub(r'[^A-Z]', '', word) or 'ERR'})"
     return None
-
-
-def heed_cancellation() -> None:
-    """Raises CancelledError where this task was cancelled in a call that did not pass that on, as redis-py's may not.
-
-    For loops without end: theirs would have none, and whoever awaits them waited for ever.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-
-
-def backoff_s(failures: int) -> float:
-    """How long to wait after so many failures in a row."""
-    longest: float = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures - 1, 10))
-    return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret
-
-
-class Troubles:
-    """What fails at Redis now. The log tells of each trouble once, and once that the last one is over."""
-
-    def __init__(self) -> None:
-        self._why: dict[str, str] = {}
-
-    @property
-    def first(self) -> str | None:
-        """The oldest one, in words; None while all is well."""
-        return next(iter(self._why.values()), None)
-
-    def met(self, what: str, error: BaseException) -> None:
-        """`what`, which is done again and again, has failed."""
-        why = in_words(error)
-        if why not in self._why.values():
-            _log.warning("shared log in trouble", why=why)
-        self._why[what] = why
-
-    def over(self, what: str) -> None:
-        """It was done, or there is nothing of it to do."""
-        if self._why.pop(what, None) is not None and not self._why:
-            _log.info("shared log is back")
-
-
-def in_words(error: BaseException) -> str:
-    """What is the matter with Redis, for operators; nothing of what was sent to it."""
-    match error:
-        case _ if not isinstance(error, exceptions.RedisError | OSError):  # TimeoutError is an OSError
-            _log.error("shared log failed", exc_info=error)
-            return "the shared log's client failed; the log tells how"
-        case exceptions.OutOfMemoryError():
-            return "the shared log is full (maxmemory)"
-        case exceptions.ReadOnlyError():
-            return "the shared log is read-only"
-        case exceptions.BusyLoadingError():
-            return "the shared log is still loading its data"
-        case exceptions.AuthenticationError() | exceptions.NoPermissionError():
-            return "the shared log refuses our user or password"
-        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
-            return "the shared log does not answer"
-    # Redis begins its errors with a word in capitals; the rest may repeat what it was sent.
-    word = str(error).partition(" ")[0]
-    return f"the shared log refuses what it is asked ({word if word.isupper() and word.isalpha() else 'ERR'})"

@@ -1,8 +1,8 @@
-"""Streams that Redis is asked for by their ids, some of which it is about to know.
+"""Asks Redis for streams by their ids. Redis may be about to know some of them.
 
-A client may be told of a stream up to a tick and Redis's delay before Redis is. Its answer does not wait for that.
-Whoever asks for the stream on another instance does: an id that is unknown is asked for again until nobody can have
-been told of it, and only then taken for one that there is not.
+A client may be told of a stream before Redis is, by up to a tick and Redis's delay. The client's answer does not wait
+for that. Whoever asks another instance for the stream does: an unknown id is asked for again until nobody can have been
+told of it. Only then there is no such stream.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import asyncio
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aisse.errors import LogUnavailableError
-from aisse.replay.connection import heed_cancellation, in_words
+from aisse.replay.troubles import heed_cancellation, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
 PATIENCE_S = 0.25
-"""How long an id is asked for at least, with the producer's tick on top: a producer may be busy, or its Redis slow.
+"""How long an unknown id is asked for at least, with the producer's tick on top: that may be busy, or its Redis slow.
 
-Where Redis takes 0.1 s for an answer, and the last question waits for the one before, it is said within 0.5 s that
+If Redis takes 0.1 s for an answer, and the last question waits for the one before, the client is told within 0.5 s that
 there is no such stream.
 """
 
 EXCHANGES = 2
-"""Where Redis is slow, the time of so many answers is waited if that is longer: a producer may have to wait for the
-answer to its last call before it says which streams are new, and one is spare: it may have to connect."""
+"""If so many answers of a slow Redis take longer than that, an unknown id is asked for as long. The producer may have
+to wait for one answer before it can tell Redis of new streams. The other one is spare: it may have to connect first."""
 
 WAITING = 1 << 14
-"""At most so many ids wait, of 2.2 KB each beside their requests. Past it nobody knows whether there is such a stream;
-to say that there is not would be a lie to those whose stream is about to come."""
+"""At most so many ids wait; each takes 2.2 KB beside its requests. Of one more nobody knows whether there is such a
+stream. To say that there is none would be a lie to those whose stream is about to come."""
 
-# How long questions are gathered for one call, but for the first, which leaves at once. A crowd whose questions come
-# one after the other would make as many calls, which cost more than what is asked.
+# How long questions are gathered for one call; the first one leaves at once. A crowd whose questions come one after the
+# other would make a call for each, and calls cost more than what is asked in them.
 GATHER_S = 0.02
 
-# When an unknown id is asked for again: then after twice the time, and so on. Most are there the first time.
+# An unknown id is asked for again after so long, then after twice the time, and so on. Most are there the first time.
 _AGAIN_S = 0.02
 
 Answer = TypeVar("Answer")
@@ -57,7 +57,9 @@ class _Waiting(Generic[Answer]):
 class Lookup(Generic[Answer]):
     """One kind of question, by a stream's id. `run` is one task's.
 
-    However many ask, there is one call at a time, one place in it for each id, and at most one in GATHER_S.
+    Everybody is told what is right (test_everybody_is_told_what_is_right_whatever_interleaves). However many ask, there
+    is one call at a time, at most one in GATHER_S, and in it one place for each id
+    (test_unknown_id_is_asked_for_a_few_times_and_then_unknown).
     """
 
     def __init__(self, ask: Callable[[Sequence[str]], Awaitable[Sequence[Answer | None]]], tick_s: float) -> None:
@@ -83,7 +85,7 @@ class Lookup(Generic[Answer]):
         return await asyncio.shield(waiting.answer)
 
     async def run(self) -> None:
-        """Asks until it is cancelled. Whoever waits then is told that nobody knows."""
+        """Asks until it is cancelled. Those who still wait then are told that nobody knows."""
         loop = asyncio.get_running_loop()
         begun = -GATHER_S
         try:
@@ -106,8 +108,8 @@ class Lookup(Generic[Answer]):
         try:
             answers = await self._ask(due)
         except Exception as error:
-            # Whatever it is must not end the task for ever, and with it what others generate.
-            in_words(error)  # logs what is no trouble of Redis, of which others tell
+            # Whatever it is must not end this task, on which all look-ups depend.
+            in_words(error)  # This logs what is wrong with us. Of Redis's troubles others tell.
             for stream_id in due:
                 self._fail(stream_id)
             return

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aisse.formats.format import Format
-    from aisse.replay.tailer import Found, Tailer
+    from aisse.replay.catalogue import Catalogue
+    from aisse.replay.follower_scripts import Found
+    from aisse.replay.tailer import Tailer
     from aisse.streams.table import Table
 
 # A stream that nobody reads here any more is kept so long, for a reader that comes back.
@@ -91,16 +93,17 @@ class Following:
       (test_stream_that_was_only_looked_at_is_let_go_and_nothing_is_left).
     """
 
-    def __init__(self, table: Table, tailer: Tailer, wire_format: Format, tick_s: float) -> None:
+    def __init__(self, table: Table, catalogue: Catalogue, tailer: Tailer, wire_format: Format, tick_s: float) -> None:
         """`table` keeps streams that have ended, and knows which ids were here.
 
         `wire_format` is what the streams are in; `tick_s` is how late their producers tell Redis of them.
         """
         self._table = table
+        self._catalogue = catalogue
         self._tailer = tailer
         self._format = wire_format
-        self._finds: Lookup[Found] = Lookup(tailer.find, tick_s)
-        self._stops: Lookup[bool] = Lookup(tailer.ask_to_stop, tick_s)
+        self._finds: Lookup[Found] = Lookup(catalogue.find, tick_s)
+        self._stops: Lookup[bool] = Lookup(catalogue.ask_to_stop, tick_s)
         self._hastened: Lookup[bool] = Lookup(tailer.hasten, tick_s)
         self._followed: dict[str, FollowedStream] = {}
         self._opening: dict[str, asyncio.Task[bool]] = {}
@@ -185,7 +188,7 @@ class Following:
     async def _look(self, lookup: Lookup[Answer], stream_id: str) -> Answer | None:
         # Redis knows every stream that was here: who asks for one does not wait for Redis to get to know it.
         answer = await lookup.find(stream_id, patient=not self._table.was_here(stream_id))
-        if answer is None and self._tailer.doubtful:
+        if answer is None and self._catalogue.doubtful:
             raise LogUnavailableError  # Redis may soon know what it does not know now
         return answer
 

@@ -10,10 +10,12 @@ import structlog
 from redis import exceptions
 
 from aisse.errors import ConfigError, LogUnavailableError
-from aisse.replay import scripts
-from aisse.replay.connection import ANSWER_S, Troubles, connect, in_words, wrong_url
-from aisse.replay.mirror import Mirror, interval_s
+from aisse.replay.catalogue import Catalogue
+from aisse.replay.connection import ANSWER_S, connect, wrong_url
+from aisse.replay.mirror import Mirror
 from aisse.replay.tailer import BLOCK_S, Tailer
+from aisse.replay.terms import Terms
+from aisse.replay.troubles import Troubles, in_words
 from aisse.streams.claims import Claims, named
 from aisse.streams.elsewhere import Elsewhere
 from aisse.streams.followed import Following
@@ -49,33 +51,27 @@ class Shared:
         url = settings.log.get_secret_value()
         self._client = connect(url, _CONNECTIONS, ANSWER_S)
         self._blocking = connect(url, 1, ANSWER_S + BLOCK_S, redis_connect_func=self._reconnected)
-        troubles = Troubles()  # of both, so that a Redis that is away is one
+        self._troubles = Troubles()  # of all parts, so that a Redis that is away is one
         self.elsewhere = Elsewhere(table.running)
         """What other instances say of the streams that run here."""
-        self._mirror = Mirror(
-            self._client,
-            self.elsewhere,
-            tick_s=settings.log_tick_s,
-            lease_s=settings.lease_s,
-            retention_s=settings.retention_s,
-            stream_s=settings.stream_s,
-            troubles=troubles,
-        )
+        terms = Terms(settings.log_tick_s, settings.lease_s, settings.retention_s, settings.stream_s)
+        self._mirror = Mirror(self._client, self.elsewhere, terms, self._troubles)
+        instance = self._mirror.token
+        self._catalogue = Catalogue(self._client, instance, terms)
         self._tailer = Tailer(
             self._client,
             self._blocking,
-            self._mirror.token,
-            tick_s=settings.log_tick_s,
-            lease_s=settings.lease_s,
-            retention_s=settings.retention_s,
+            self._catalogue,
+            instance,
+            terms=terms,
             read_ahead_bytes=settings.read_ahead_bytes,
-            troubles=troubles,
+            troubles=self._troubles,
         )
         self.claims = Claims(self._mirror)
         """Idempotency-Keys, and streams that nobody was told of."""
-        self.following = Following(table, self._tailer, wire_format, settings.log_tick_s)
+        self.following = Following(table, self._catalogue, self._tailer, wire_format, terms.tick_s)
         """Streams that run elsewhere."""
-        self.leave_grace_s = 2 * interval_s(settings.lease_s)
+        self.leave_grace_s = 2 * terms.interval_s
         """How much later than others a reader elsewhere is heard of."""
         self._running: list[asyncio.Task[None]] = []
 
@@ -118,7 +114,7 @@ class Shared:
         try:
             version = (await self._client.info("server"))["redis_version"]
             memory = await self._client.info("memory")
-            await self._tailer.mark()
+            await self._catalogue.mark()
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             if (wrong := wrong_url(error)) is not None:
                 raise ConfigError(f"log: {wrong}") from None
@@ -130,7 +126,7 @@ class Shared:
             _log.warning("shared log may lose what is in use: maxmemory-policy is not noeviction", policy=policy)
         # All at once, which opens the connections, too: the first stream is to be known as soon as any other.
         with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
-            await asyncio.gather(*map(self._client.script_load, scripts.ALL))
+            await self._client.load_scripts()
 
     # --- streams that run here --------------------------------------------------------------------------------
 
@@ -158,7 +154,7 @@ class Shared:
         """Why other instances do not get what they should, or nothing comes from them; None while all is well."""
         if any(task.done() for task in self._running):
             return "the shared log's tasks have ended; the log tells why, and only a restart helps"
-        return self._mirror.trouble or self._tailer.trouble
+        return self._troubles.first
 
     @property
     def behind(self) -> int:

@@ -10,10 +10,12 @@ from itertools import accumulate, pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis.asyncio import Redis
 
+from aisse.replay.connection import Client
 from aisse.replay.memory import SEGMENT_BYTES, MemoryLog, ReplayMemory
 from aisse.replay.mirror import Mirror
+from aisse.replay.terms import Terms
+from aisse.replay.troubles import Troubles
 from aisse.sse import Parser, frame
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
@@ -36,7 +38,7 @@ def new_log(request: pytest.FixtureRequest) -> NewLog:
     """
     if request.param == "memory":
         return MemoryLog
-    mirror = Mirror(Redis(), Nobody(), tick_s=0.02, lease_s=6, retention_s=300)
+    mirror = Mirror(Client(), Nobody(), Terms(0.02, lease_s=6, retention_s=300, stream_s=3600), Troubles())
     return lambda memory: mirror.log(STREAM, memory)
 
 

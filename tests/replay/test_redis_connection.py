@@ -1,22 +1,14 @@
-"""What is said of a Redis, and how soon it is asked again: aisse/replay/connection.py."""
+"""Connections to Redis: aisse/replay/connection.py. That the scripts run is for tests/test_fake_redis.py."""
 
 from __future__ import annotations
 
-import asyncio
+from typing import Any
 
 import pytest
 from redis import exceptions
 
-from aisse.replay.connection import backoff_s, heed_cancellation, in_words, wrong_url
-
-SECRET = "a prompt"
-
-
-def test_pauses_grow_and_stay_short() -> None:
-    """A Redis that comes back after a night is asked within a second."""
-    assert all(0.05 <= backoff_s(1) <= 0.1 for _ in range(50))
-    assert all(0.2 <= backoff_s(3) <= 0.4 for _ in range(50))
-    assert all(0.5 <= backoff_s(failures) <= 1.0 for failures in (5, 10, 100, 100_000))
+from aisse.replay.connection import Client, wrong_url
+from aisse.replay.follower_scripts import Look
 
 
 @pytest.mark.parametrize(
@@ -37,36 +29,24 @@ def test_start_is_stopped_by_what_waiting_does_not_mend(error: Exception, wrong:
     assert (wrong_url(error) is not None) is wrong
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (exceptions.OutOfMemoryError(SECRET), "full"),
-        (exceptions.ReadOnlyError(SECRET), "read-only"),
-        (exceptions.BusyLoadingError(SECRET), "loading"),
-        (exceptions.AuthenticationError(SECRET), "user or password"),
-        (exceptions.ConnectionError(SECRET), "does not answer"),
-        (TimeoutError(SECRET), "does not answer"),
-        (exceptions.ResponseError(f"WRONGTYPE {SECRET}"), "(WRONGTYPE)"),
-        (exceptions.ResponseError(SECRET), "(ERR)"),
-    ],
-)
-def test_trouble_is_said_in_words_of_our_own(error: Exception, words: str) -> None:
-    assert words in in_words(error)
-    assert SECRET not in in_words(error)
+@pytest.mark.parametrize("disconnects", [True, False])
+async def test_read_only_redis_is_left_for_what_takes_its_address(
+    monkeypatch: pytest.MonkeyPatch, *, disconnects: bool
+) -> None:
+    """Connections that nobody uses at the moment: an answer may still come on the others."""
+    client = Client()
+    left: list[dict[str, Any]] = []
 
+    async def refuse(*_: Any) -> None:
+        raise exceptions.ReadOnlyError
 
-async def test_cancellation_that_a_call_has_swallowed_is_heeded() -> None:
-    async def loop() -> None:
-        while True:
-            heed_cancellation()
-            try:
-                await asyncio.sleep(60)
-            except asyncio.CancelledError:
-                pass
+    async def disconnect(**options: Any) -> None:
+        left.append(options)
+        if not disconnects:
+            raise OSError
 
-    task = asyncio.create_task(loop())
-    await asyncio.sleep(0)
-    task.cancel()
-    done, _ = await asyncio.wait([task], timeout=5)
-    assert done
-    assert task.cancelled()
+    monkeypatch.setattr(client, "evalsha", refuse)
+    monkeypatch.setattr(client.connection_pool, "disconnect", disconnect)
+    with pytest.raises(exceptions.ReadOnlyError):
+        await client.run(Look("me", ["a"]))
+    assert left == [{"inuse_connections": False}]

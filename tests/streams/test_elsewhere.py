@@ -18,9 +18,10 @@ from redis import exceptions
 
 from aisse.errors import KeyReusedError, LogUnavailableError, RequestError, UnknownStreamError
 from aisse.formats.anthropic import Anthropic
-from aisse.replay import scripts
+from aisse.replay.follower_scripts import Asked, AskToStop, Attend, Attended, Found, Lease, Look, Looked
 from aisse.replay.memory import MemoryLog, ReplayMemory
-from aisse.replay.scripts import claim_key, entries_key
+from aisse.replay.producer_scripts import Append, Appended, Claim, Create, Holder, Renew, Renewed, Standing, Withdraw
+from aisse.replay.scripts import StreamKeys
 from aisse.service.drain import Drain
 from aisse.settings import Settings
 from aisse.sse import frame
@@ -35,7 +36,7 @@ from aisse.upstream.client import Upstream
 from aisse.upstream.question import Question
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
-from fake_client import FakeRedis
+from fake_client import FakeRedis, Read, entry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -96,8 +97,7 @@ class Bed:
     upstream: SilentUpstream
     registry: Registry
     settings: Settings
-    known: dict[str, tuple[int, int | None]] = field(default_factory=dict)
-    """When streams were created and ended, in milliseconds."""
+    known: dict[str, Found] = field(default_factory=dict)
     read_here: dict[str, bool] = field(default_factory=dict)
     """What Redis was told last."""
     elsewhere: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -110,48 +110,36 @@ class Bed:
     def create(self, leave_s: float = 60.0) -> Stream:
         return self.registry.create(Question([b"{}"]), leave_s)
 
-    def is_there(self, stream_id: str = ID, count: int = 2, *, ended: int | None = None) -> None:
+    def is_there(self, stream_id: str = ID, count: int = 2, *, ended: float | None = None) -> None:
         """Has Redis know a stream of so many events."""
-        self.known[stream_id] = (5000, ended)
-        entries = self.redis.entries[entries_key(stream_id)] = []
+        self.known[stream_id] = Found(5.0, ended)
+        entries = self.redis.entries[StreamKeys(stream_id).entries] = []
         for seq in range(1, count + 1):
             frames = frame("content_block_delta", f"number {seq}", f"{stream_id}.{seq}")
-            entries.append((b"%d-0" % seq, {b"p": b"%d" % (seq - 1), b"f": frames}))
+            entries.append(entry(seq - 1, seq, frames))
         if ended is not None:
             frames, last = ending(stream_id, count, Reason.COMPLETE, None, USAGE)
-            entries.append((b"%d-0" % last, {b"p": b"%d" % count, b"f": frames}))
+            entries.append(entry(count, last, frames))
 
-    # The scripts' arguments are read here and nowhere else.
+    def look(self, call: Look) -> Looked:
+        return Looked(self.redis.marked, [self.known.get(stream_id) for stream_id in call.stream_ids])
 
-    def _ids(self, keys: list[Any], every: int) -> list[str]:
-        names = [key.decode() if isinstance(key, bytes) else key for key in keys[::every]]
-        return [name.removesuffix(":state").rpartition(":")[2] for name in names]
+    def ask_to_stop(self, call: AskToStop) -> Asked:
+        return Asked(self.redis.marked, [stream_id in self.known for stream_id in call.stream_ids])
 
-    def look(self, keys: list[Any], _args: list[Any]) -> Any:
-        said: list[Any] = [int(self.redis.marked)]
-        for stream_id in self._ids(keys[1:], 1):
-            known = self.known.get(stream_id)
-            said.append([b"%d" % known[0], b"%d" % known[1] if known[1] is not None else None] if known else None)
-        return said
+    def attend(self, call: Attend) -> Attended:
+        for stream in call.streams:
+            self.read_here[stream.keys.id] = stream.read
+        return Attended(1000, [Lease(1000, 0, False)] * len(call.streams))
 
-    def ask_to_stop(self, keys: list[Any], _args: list[Any]) -> Any:
-        return [int(self.redis.marked), *(1 if each in self.known else None for each in self._ids(keys[1:], 1))]
+    def renew(self, call: Renew) -> list[Renewed]:
+        read = [self.elsewhere.get(keys.id, (0, 0)) for keys in call.streams]
+        return [Renewed(Standing.OURS, instances, position, 0, False) for instances, position in read]
 
-    def attend(self, keys: list[Any], args: list[Any]) -> Any:
-        said: list[Any] = [1000]
-        for stream_id, read in zip(self._ids(keys, 2), args[2::4], strict=True):
-            self.read_here[stream_id] = read == 1
-            said += (1000, 0, 0)
-        return said
 
-    def claim(self, _keys: list[Any], args: list[Any]) -> Any:
-        return [args[1].encode(), args[2].encode()]
-
-    def renew(self, keys: list[Any], _args: list[Any]) -> Any:
-        said: list[int] = []
-        for stream_id in self._ids(keys, 3):
-            said += (scripts.OK, *self.elsewhere.get(stream_id, (0, 0)), 0, 0)
-        return said
+def takes(call: Append) -> list[Appended]:
+    """What a Redis says in which all is well."""
+    return [(Standing.OURS, group.last) for group in call.groups]
 
 
 def made(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Bed:
@@ -166,14 +154,14 @@ def made(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Bed:
     upstream = SilentUpstream(NOWHERE, effective, Anthropic(effective))
     b = Bed(redis, waits, upstream, Registry(effective, upstream, Shared), effective)
     redis.answers = {
-        "CREATE": lambda keys, _args: [1] * (len(keys) // 4),
-        "APPEND": lambda keys, _args: [scripts.OK] * (len(keys) // 2),
-        "RENEW": b.renew,
-        "ATTEND": b.attend,
-        "LOOK": b.look,
-        "STOP_ASKED": b.ask_to_stop,
-        "CLAIM": b.claim,
-        "WITHDRAW": lambda _keys, _args: None,
+        Create: lambda call: [True] * len(call.streams),
+        Append: takes,
+        Renew: b.renew,
+        Attend: b.attend,
+        Look: b.look,
+        AskToStop: b.ask_to_stop,
+        Claim: lambda call: Holder(call.stream_id, call.request),
+        Withdraw: lambda _call: None,
     }
     return b
 
@@ -204,7 +192,7 @@ async def server(
 
 async def in_trouble(b: Bed, stream: Stream) -> None:
     """Has Redis not take what comes of a stream."""
-    b.redis.answers["APPEND"] = lambda _keys, _args: exceptions.ConnectionError()
+    b.redis.fails(Append, exceptions.ConnectionError())
     stream.publish(frame("content_block_delta", "x", f"{stream.id}.1"), 1)
     await eventually(lambda: b.shared.trouble is not None)
 
@@ -215,15 +203,15 @@ async def in_trouble(b: Bed, stream: Stream) -> None:
 async def test_look_up_goes_on_for_others_where_one_who_asked_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
         b.is_there()
-        b.redis.held.add("LOOK")
+        b.redis.held.add(Look)
         first, second = (asyncio.create_task(b.registry.find(ID)) for _ in range(2))
-        await eventually(lambda: b.redis.count("LOOK") == 1)
+        await eventually(lambda: b.redis.count(Look) == 1)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         b.redis.held.clear()
         stream = await second
         assert (stream.id, stream.events) == (ID, 2)
-        assert b.redis.count("LOOK") == 1
+        assert b.redis.count(Look) == 1
 
 
 @pytest.mark.parametrize("what", ["find", "stop"])
@@ -242,7 +230,7 @@ async def test_stream_that_cannot_be_loaded_leaves_no_memory_behind(monkeypatch:
         b.is_there(count=40)
         page = b.redis.xrange
 
-        async def fails_later(key: str, after: str, count: int) -> Any:
+        async def fails_later(key: bytes, after: str, count: int) -> Any:
             if after.startswith("(0"):
                 return await page(key, after, count)
             raise exceptions.ConnectionError
@@ -255,14 +243,14 @@ async def test_stream_that_cannot_be_loaded_leaves_no_memory_behind(monkeypatch:
 
 async def test_end_elsewhere_has_the_time_that_redis_has(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
-        b.is_there(ended=7500)
+        b.is_there(ended=7.5)
         stream = await b.registry.find(ID)
         assert (stream.created_at, stream.ended_at, stream.reason) == (5.0, 7.5, Reason.COMPLETE)
 
 
 async def test_stream_whose_time_is_over_while_it_is_brought_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
-        b.is_there(ended=7500)
+        b.is_there(ended=7.5)
         b.redis.entries.clear()
         with pytest.raises(UnknownStreamError):
             await b.registry.find(ID)
@@ -284,7 +272,7 @@ async def test_stream_that_was_only_looked_at_is_let_go_and_nothing_is_left(monk
         await eventually(lambda: not b.read_here[ID])
         assert b.read_here["B" * 22]
         b.waits.arrivals.put_nowait([])
-        await eventually(lambda: b.waits.named("xread")[-1].keys == [entries_key("B" * 22).encode()])
+        await eventually(lambda: list(b.waits.calls_of(Read)[-1].after) == [StreamKeys("B" * 22).entries])
         read.leave()
         b.shared.following.sweep(now + 120)
         assert b.registry.replay_bytes == 0
@@ -297,8 +285,7 @@ async def test_end_that_comes_is_kept_and_counted_and_not_followed(monkeypatch: 
         b.is_there()
         stream = await b.registry.find(ID)
         frames, last = ending(ID, 2, Reason.COMPLETE, None, USAGE)
-        entry = (b"%d-0" % last, {b"p": b"2", b"f": frames})
-        b.waits.arrivals.put_nowait([(entries_key(ID).encode(), [entry])])
+        b.waits.arrivals.put_nowait([(StreamKeys(ID).entries, [entry(2, last, frames)])])
         await eventually(lambda: stream.reason is Reason.COMPLETE)
         assert b.registry.replay_bytes == stream.log.tail + KEPT_BYTES
         assert await b.registry.find(ID) is stream
@@ -333,7 +320,7 @@ async def test_ids_that_were_here_are_not_remembered_without_bound(monkeypatch: 
         assert len(b.registry._table._past) <= 10_000
         # The last ones are, and are asked for once.
         assert not await b.shared.following.bring(f"{19_999:022}")
-        assert b.redis.count("LOOK") == 1
+        assert b.redis.count(Look) == 1
 
 
 # --- leaving ------------------------------------------------------------------------------------------------------
@@ -427,28 +414,28 @@ async def test_stream_that_others_have_ended_is_not_generated_any_more(monkeypat
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
-def withdrawn(b: Bed) -> list[tuple[str, bool]]:
-    """Each claim that was taken back, by its key in Redis, and whether it may still be on its way."""
-    return [(call.keys[-1], int(call.args[1]) > 0) for call in b.redis.named("WITHDRAW")]
+def withdrawn(b: Bed) -> list[tuple[str | None, bool]]:
+    """Each claim that was taken back, by its key's digest, and whether it may still be on its way."""
+    return [(call.digest, call.refused_ms > 0) for call in b.redis.calls_of(Withdraw)]
 
 
 async def test_claim_without_an_answer_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have been heard, or will be: the key would stay with a stream that never began."""
     async with bed(monkeypatch) as b:
-        b.redis.answers["CLAIM"] = lambda _keys, _args: exceptions.TimeoutError()
+        b.redis.fails(Claim, exceptions.TimeoutError())
         with pytest.raises(LogUnavailableError):
             await b.registry.create_once(KEY, Question([b"{}"], digest=b"d"), 60)
         await eventually(lambda: len(withdrawn(b)) == 1)
-        [claim] = b.redis.named("CLAIM")
-        assert withdrawn(b) == [(claim.keys[0], True)]
+        [claim] = b.redis.calls_of(Claim)
+        assert withdrawn(b) == [(claim.digest, True)]
         assert b.registry.generations == 0
 
 
 async def test_claim_whose_client_leaves_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
-        b.redis.held.add("CLAIM")
+        b.redis.held.add(Claim)
         asking = asyncio.create_task(b.registry.create_once(KEY, Question([b"{}"], digest=b"d"), 60))
-        await eventually(lambda: b.redis.count("CLAIM") == 1)
+        await eventually(lambda: b.redis.count(Claim) == 1)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         b.redis.held.clear()
@@ -463,8 +450,8 @@ async def test_key_that_is_refused_for_room_is_free_for_others(monkeypatch: pyte
             await b.registry.create_once(KEY, Question([b"{}"], digest=b"d"), 60)
         assert caught.value.status == 503
         await eventually(lambda: len(withdrawn(b)) == 1)
-        [claim] = b.redis.named("CLAIM")
-        assert withdrawn(b)[0][0] == claim.keys[0]
+        [claim] = b.redis.calls_of(Claim)
+        assert withdrawn(b)[0][0] == claim.digest
 
 
 async def test_key_is_refused_at_once_while_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,21 +461,21 @@ async def test_key_is_refused_at_once_while_redis_is_away(monkeypatch: pytest.Mo
         assert not b.registry.hands_over
         with pytest.raises(LogUnavailableError):
             await b.registry.create_once(KEY, Question([b"{}"], digest=b"d"), 60)
-        assert b.redis.count("CLAIM") == 0
+        assert b.redis.count(Claim) == 0
 
 
 async def test_key_names_its_caller_too_and_is_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
         for who, key in ((b"who", "key"), (b"other", "key"), (b"who", "yek")):
             await b.registry.create_once((who, key), Question([b"{}"], digest=b"d"), 60)
-        claims = [call.keys[0] for call in b.redis.named("CLAIM")]
-        assert len(set(claims)) == 3
-        assert all(claim.startswith(claim_key("x" * 43)[:7]) and "key:key" not in claim for claim in claims)
+        digests = [call.digest for call in b.redis.calls_of(Claim)]
+        assert len(set(digests)) == 3
+        assert all(len(digest) == 43 and "key" not in digest for digest in digests)
 
 
 async def test_key_of_another_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
-        b.redis.answers["CLAIM"] = lambda _keys, _args: [ID.encode(), b"of another"]
+        b.redis.answers[Claim] = lambda _call: Holder(ID, "of another")
         with pytest.raises(KeyReusedError):
             await b.registry.create_once(KEY, Question([b"{}"], digest=b"d"), 60)
 
@@ -505,7 +492,7 @@ async def test_drain_ends_when_others_can_read_everything(monkeypatch: pytest.Mo
     async with bed(monkeypatch, drain_s=20) as b:
         stream = b.create()
         await eventually(lambda: b.shared.behind == 0)
-        b.redis.held.add("APPEND")
+        b.redis.held.add(Append)
         close = b.registry.close
         behind = []
 
@@ -519,7 +506,7 @@ async def test_drain_ends_when_others_can_read_everything(monkeypatch: pytest.Mo
         draining = drain(b)
         await asyncio.sleep(0.01)
         stream.finish(Reason.COMPLETE)
-        await eventually(lambda: b.redis.count("APPEND") > 0)
+        await eventually(lambda: b.redis.count(Append) > 0)
         await asyncio.sleep(0.1)
         assert not draining.done()
         b.redis.held.clear()
@@ -595,7 +582,7 @@ async def test_drain_moves_nobody_while_the_log_is_in_trouble(monkeypatch: pytes
             reader.told_s = 5.0
             await asyncio.sleep(0.3)
             assert not reader.parted
-            b.redis.answers["APPEND"] = lambda keys, _args: [scripts.OK] * (len(keys) // 2)
+            b.redis.answers[Append] = takes
             await eventually(lambda: reader.parted)
         stream.finish(Reason.COMPLETE)
         await draining
@@ -628,7 +615,7 @@ async def test_event_source_comes_back_where_nobody_knows_for_the_moment(
 ) -> None:
     """A native one gives up for good on a 503."""
     async with server(monkeypatch, simulator) as (b, running):
-        b.redis.answers["LOOK"] = lambda _keys, _args: exceptions.ConnectionError()
+        b.redis.fails(Look, exceptions.ConnectionError())
         url = f"{running.chat}/{ID}"
         async with client.get(url, headers={"Accept": "text/event-stream"}) as answer:
             assert (answer.status, answer.content_type) == (200, "text/event-stream")

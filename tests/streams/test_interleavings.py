@@ -37,7 +37,7 @@ from rawclient import ChunkedDecoder, Frame, parse
 from aisse.app import DRAIN, REGISTRY, create_app, runner_arguments
 from aisse.errors import UpstreamError
 from aisse.formats.anthropic import Anthropic
-from aisse.replay.mirror import interval_s
+from aisse.replay.terms import interval_s
 from aisse.service.connection import connections
 from aisse.settings import Settings
 from aisse.streams.endings import HOLE

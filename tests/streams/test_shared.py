@@ -32,9 +32,10 @@ from structlog.testing import capture_logs
 
 from aisse.errors import ConfigError, UnknownStreamError
 from aisse.formats.anthropic import Anthropic
-from aisse.replay import scripts
+from aisse.replay.connection import SCRIPTS
 from aisse.replay.lookup import GATHER_S, PATIENCE_S
 from aisse.replay.memory import MemoryLog, ReplayMemory
+from aisse.replay.producer_scripts import Claim, Create, Withdraw
 from aisse.settings import Settings
 from aisse.simulator import Script, Simulator
 from aisse.streams import registry as registry_module
@@ -45,8 +46,11 @@ from aisse.streams.table import Table
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from aisse.replay import scripts
     from aisse.replay.mirror import RedisLog
     from aisse.streams.stream import Stream
+
+    Run = Callable[[], Awaitable[Any]]
 
 SOAK = os.environ.get("TESTS_SOAK") == "1"
 STATE = {"Accept": "application/json"}
@@ -163,7 +167,7 @@ async def certain(f: Fleet, instance: int) -> None:
     """Returns once that instance takes what Redis does not have for unknown, as it does not after a slow answer."""
     shared = f.instances[instance].registry._shared
     assert shared is not None
-    await eventually(lambda: not shared._tailer.doubtful)
+    await eventually(lambda: not shared._catalogue.doubtful)
 
 
 def reason(text: str) -> str:
@@ -380,11 +384,11 @@ async def test_stream_that_was_here_is_asked_for_once(redis: Redis) -> None:
 async def test_first_stream_waits_for_no_script_and_no_connection(redis: Redis) -> None:
     async with fleet(redis.url, count=1) as f:
         client = redis.client()
-        assert all(await client.script_exists(*(hashlib.sha1(text.encode()).hexdigest() for text in scripts.ALL)))
+        assert all(await client.script_exists(*(hashlib.sha1(script.LUA.encode()).hexdigest() for script in SCRIPTS)))
         before = len(await client.client_list())
         await asyncio.gather(*(f.ask(0, "[[tokens=1]]", Idempotency_Key=f"{number}") for number in range(20)))
         assert len(await client.client_list()) <= before
-        assert (await client.info("commandstats"))["cmdstat_script|load"]["calls"] == len(scripts.ALL)
+        assert (await client.info("commandstats"))["cmdstat_script|load"]["calls"] == len(SCRIPTS)
 
 
 async def test_new_streams_are_said_beside_appends(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -983,7 +987,7 @@ async def test_silent_stream_is_not_taken_for_unknown_after_redis_was_emptied(re
     async with fleet(redis.url) as f:
         path = await f.ask(0, "[[tokens=5 thinking_s=20]]", Aisse_On_Leave="60")
         # Each has noted that it knows this Redis.
-        await eventually(lambda: all(i.registry._shared._tailer._marked for i in f.instances))  # type: ignore[union-attr]
+        await eventually(lambda: all(i.registry._shared._catalogue._marked for i in f.instances))  # type: ignore[union-attr]
         await redis.client().flushall()
         statuses = {await f.get_status(1, path) for _ in range(20)}
         assert statuses <= {200, 503}
@@ -1059,8 +1063,8 @@ async def test_instance_closes_also_where_a_cancellation_is_swallowed(
         async with fleet(redis.url, count=1) as f:
             shared = f.instances[0].registry._shared
             assert shared is not None
-            monkeypatch.setattr(shared._tailer, "_look_after_all", swallow)
-            monkeypatch.setattr(shared._mirror, "_renew_all", swallow)
+            monkeypatch.setattr(shared._tailer._attendance, "attend", swallow)
+            monkeypatch.setattr(shared._mirror._leases, "_renew", swallow)
             await f.ask(0, "[[tokens=500 pace=50]]")
             await asyncio.sleep(0.5)
 
@@ -1094,6 +1098,21 @@ def shared_of(f: Fleet, instance: int) -> Shared:
     return shared
 
 
+def instead(
+    monkeypatch: pytest.MonkeyPatch,
+    shared: Shared,
+    kind: type[scripts.Script[Any]],
+    work: Callable[[Run], Awaitable[Any]],
+) -> None:
+    """Has `work` done where a script of this kind would be run, which it may do itself."""
+    run = shared._client.run
+
+    async def some(script: scripts.Script[Any]) -> Any:
+        return await (work(lambda: run(script)) if isinstance(script, kind) else run(script))
+
+    monkeypatch.setattr(shared._client, "run", some)
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["the first", "after it was emptied"])
 async def test_key_of_a_refused_request_stays_free_where_word_of_its_stream_comes_late(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, *, again: bool
@@ -1101,27 +1120,26 @@ async def test_key_of_a_refused_request_stays_free_where_word_of_its_stream_come
     """What tells Redis of a stream, and what has it forgotten, go by different connections."""
     refuse, under_way, withdrawn, came = (asyncio.Event() for _ in range(4))
     async with raw_upstream(refusing(refuse)) as llm, fleet(redis.url, upstream=llm.url, count=1) as f:
-        mirror, client = shared_of(f, 0)._mirror, redis.client()
-        create, withdraw = mirror._create, mirror._withdraw
+        shared, client = shared_of(f, 0), redis.client()
 
-        async def created(**arguments: Any) -> Any:
+        async def create_late(create: Run) -> Any:
             under_way.set()
             await withdrawn.wait()
-            said = await create(**arguments)
+            said = await create()
             came.set()
             return said
 
-        async def withdraw_first(**arguments: Any) -> None:
-            await withdraw(**arguments)
+        async def withdraw_first(withdraw: Run) -> None:
+            await withdraw()
             withdrawn.set()
 
-        monkeypatch.setattr(mirror, "_withdraw", withdraw_first)
+        instead(monkeypatch, shared, Withdraw, withdraw_first)
         if not again:
-            monkeypatch.setattr(mirror, "_create", created)
+            instead(monkeypatch, shared, Create, create_late)
         first = asyncio.create_task(post(f, 0, "k"))
         if again:
-            await eventually(lambda: [log.known for log in mirror._logs.values()] == [True])
-            monkeypatch.setattr(mirror, "_create", created)
+            await eventually(lambda: [log.known for log in shared._mirror._logs.values()] == [True])
+            instead(monkeypatch, shared, Create, create_late)
             await client.flushall()
         await under_way.wait()
         refuse.set()
@@ -1138,20 +1156,20 @@ async def test_request_with_a_key_that_is_about_to_be_free_waits_for_that(
     refuse, asked = asyncio.Event(), asyncio.Event()
     refuse.set()
     async with raw_upstream(refusing(refuse)) as llm, fleet(redis.url, upstream=llm.url, count=1) as f:
-        mirror, registry, client = shared_of(f, 0)._mirror, f.instances[0].registry, redis.client()
-        withdraw, create_once = mirror._withdraw, registry.create_once
+        registry, client = f.instances[0].registry, redis.client()
+        create_once = registry.create_once
 
-        async def withdraw_late(**arguments: Any) -> None:
+        async def withdraw_late(withdraw: Run) -> None:
             await asked.wait()
             for _ in range(20):
                 await client.ping()  # longer than a claim takes that waits for nothing
-            await withdraw(**arguments)
+            await withdraw()
 
         async def create(*arguments: Any) -> Stream:
             asked.set()
             return await create_once(*arguments)
 
-        monkeypatch.setattr(mirror, "_withdraw", withdraw_late)
+        instead(monkeypatch, shared_of(f, 0), Withdraw, withdraw_late)
         assert (await post(f, 0, "k"))[0] == 429
         monkeypatch.setattr(registry, "create_once", create)
         async with asyncio.timeout(9):
@@ -1186,19 +1204,18 @@ async def test_key_whose_request_a_shutdown_refuses_is_free_on_other_instances(
     async with raw_upstream(refusing(asyncio.Event())) as llm, fleet(redis.url, upstream=llm.url) as f:
         shared, client = shared_of(f, 0), redis.client()
         mirror, close = shared._mirror, shared.close
-        withdraw = mirror._withdraw
         left: list[list[bytes]] = []
 
-        async def withdraw_late(**arguments: Any) -> None:
+        async def withdraw_late(withdraw: Run) -> None:
             for _ in range(100):
                 await client.ping()
-            await withdraw(**arguments)
+            await withdraw()
 
         async def close_with_nothing_left() -> None:
             left.append(await stream_keys(client))
             await close()
 
-        monkeypatch.setattr(mirror, "_withdraw", withdraw_late)
+        instead(monkeypatch, shared, Withdraw, withdraw_late)
         monkeypatch.setattr(shared, "close", close_with_nothing_left)
         first = asyncio.create_task(post(f, 0, "k"))
         await eventually(lambda: [log.known for log in mirror._logs.values()] == [True] and len(llm.requests) == 1)
@@ -1214,10 +1231,10 @@ async def test_key_whose_client_leaves_goes_to_the_request_that_waits_for_it(
     claimed, asked, go = (asyncio.Event() for _ in range(3))
     async with fleet(redis.url, count=1) as f:
         shared, registry = shared_of(f, 0), f.instances[0].registry
-        claim, create_once = shared._mirror._claim, registry.create_once
+        create_once = registry.create_once
 
-        async def claim_late(**arguments: Any) -> Any:
-            said = await claim(**arguments)
+        async def claim_late(claim: Run) -> Any:
+            said = await claim()
             if not claimed.is_set():
                 claimed.set()
                 await go.wait()
@@ -1227,7 +1244,7 @@ async def test_key_whose_client_leaves_goes_to_the_request_that_waits_for_it(
             asked.set()
             return await create_once(*arguments)
 
-        monkeypatch.setattr(shared._mirror, "_claim", claim_late)
+        instead(monkeypatch, shared, Claim, claim_late)
         first = asyncio.create_task(post(f, 0, "k"))
         await claimed.wait()
         monkeypatch.setattr(registry, "create_once", create)
@@ -1422,13 +1439,13 @@ async def test_stream_that_ended_while_nothing_came_leaves_no_trouble(
             return await xread(streams, **options)
 
         monkeypatch.setattr(tailer._blocking, "xread", xread_once_up)
-        await eventually(lambda: tailer.trouble is not None)
+        await eventually(lambda: shared_of(f, 1).trouble is not None)
         async with f.client.delete(f.instances[0].url + path):
             pass
         await shared_by(f, 0)
         down = False
         assert reason(await reader) == "stopped"
-        await eventually(lambda: tailer.trouble is None)
+        await eventually(lambda: shared_of(f, 1).trouble is None)
         assert asked
         assert all(asked)
 
