@@ -85,8 +85,8 @@ class Followed:
 class Attendance:
     """Tells who reads `followed` here, and ends those whose producer is lost. `attend_for_ever` is one task's.
 
-    A producer is lost only where its lease was seen to have lapsed twice, with the time of a renewal in between
-    (test_producer_whose_lease_lapsed_is_lost_when_that_is_seen_twice), and where Redis and this process have been there
+    A producer is lost only if its lease was seen to have lapsed twice, with the time of a renewal in between
+    (test_producer_whose_lease_lapsed_is_lost_when_that_is_seen_twice), and if Redis and this process have been there
     for the time of a lease (test_producer_has_the_time_of_a_lease_after_redis_or_we_were_away).
 
     A producer that waits for readers here hears of them as they get on, not with the next look alone
@@ -131,7 +131,7 @@ class Attendance:
     async def attend(self, some: list[Followed]) -> None:
         """Tells of these streams, and of those that have left, and looks at their leases. Raises RedisError.
 
-        Redis is asked also where there are none: how long it has been there is to be known when the first comes.
+        Redis is asked also if there are none: when the first comes, it has to be known how long Redis has been there.
         """
         leaving, self._leaving = self._leaving, {}
         some = some + list(leaving.values())
@@ -146,8 +146,7 @@ class Attendance:
         """
         withdrawn: set[str] = set()
         for at in range(0, len(some), _BATCH):
-            batch = some[at : at + _BATCH]
-            withdrawn |= await self._attend_some(batch, about_to_be_read=True)
+            withdrawn |= await self._attend_some(some[at : at + _BATCH], about_to_be_read=True)
         return withdrawn
 
     def leave(self, followed: Followed) -> None:
@@ -166,6 +165,7 @@ class Attendance:
         return followed.stream.furthest - followed.told_position >= self._news_bytes
 
     async def _attend_some(self, some: list[Followed], *, about_to_be_read: bool = False) -> set[str]:
+        """The ids of those that were withdrawn before anybody read them here."""
         now = asyncio.get_running_loop().time()
         told = [self._told(each, now, about_to_be_read=about_to_be_read) for each in some]
         begun = time.monotonic()

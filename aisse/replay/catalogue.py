@@ -44,7 +44,7 @@ class Catalogue:
     async def find(self, stream_ids: Sequence[str]) -> list[Found | None]:
         """What Redis knows of each stream; None if nothing. Raises RedisError.
 
-        Where that may be because Redis was emptied, `doubtful` says so.
+        If that may be because Redis was emptied, `doubtful` says so.
         """
         looked = await self._client.run(Look(self._instance, stream_ids))
         if not looked.marked:
