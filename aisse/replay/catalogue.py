@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Catalogue:
     """What Redis knows. Each instance leaves a mark there: one that is gone says that Redis was emptied.
 
-    Whoever asks first learns that (test_answers_are_doubtful_for_a_lease_after_redis_was_emptied). The first instance
-    of all is in no doubt, though its mark is not there yet.
+    Whoever asks first learns that, and its answers are doubtful for the time of a lease
+    (test_answers_are_doubtful_for_a_lease_after_redis_was_emptied). An instance that has just begun is in no doubt,
+    though its mark is not there yet.
     """
 
     def __init__(self, client: Client, instance: str, terms: Terms) -> None:
