@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from aisse.streams.stream import Stream
 
+# Users filter their logs by this name. It stays, wherever the module is.
 _log = structlog.get_logger("aisse.shared")
 
 

@@ -31,6 +31,7 @@ _FAILURES = 5
 
 _NOT_FAILED = frozenset({Reason.COMPLETE, Reason.STOPPED, Reason.ABANDONED})
 
+# Users filter their logs by this name. It stays, wherever the module is.
 _log = structlog.get_logger("aisse.registry")
 
 

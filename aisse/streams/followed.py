@@ -144,7 +144,7 @@ class Following:
     def _opened(self, stream_id: str, task: asyncio.Task[bool]) -> None:
         del self._opening[stream_id]
         if not task.cancelled():
-            task.exception()  # of which everybody who asked may be gone
+            task.exception()  # taken here, for everybody who asked may be gone
 
     async def _open(self, stream_id: str) -> bool:
         found = await self._look(self._finds, stream_id)
@@ -186,7 +186,7 @@ class Following:
         return await self._look(self._stops, stream_id) is not None
 
     async def _look(self, lookup: Lookup[Answer], stream_id: str) -> Answer | None:
-        # Redis knows every stream that was here: who asks for one does not wait for Redis to get to know it.
+        # Redis has known every stream that was here. Whoever asks for one does not wait until Redis gets to know it.
         answer = await lookup.find(stream_id, patient=not self._table.was_here(stream_id))
         if answer is None and self._catalogue.doubtful:
             raise LogUnavailableError  # Redis may soon know what it does not know now

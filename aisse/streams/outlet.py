@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Bounds what the kernel keeps for a client that takes nothing; what is in flight is bounded by SO_SNDBUF alone.
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", None)
 
+# Users filter their logs by this name. It stays, wherever the module is.
 _log = structlog.get_logger("aisse.reader")
 
 

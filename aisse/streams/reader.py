@@ -2,7 +2,7 @@
 
 At the tail and with room in its socket a reader is written by the relay itself, in `push`. Otherwise its own task
 writes from the log until it stands at the tail again; that task alone ever waits for the socket. Heartbeats come from
-the registry's sweep.
+the sweep.
 """
 
 from __future__ import annotations

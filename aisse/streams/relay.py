@@ -94,7 +94,7 @@ class Relay:
             await self._pump(response)
             await self._read_tail()
         finally:
-            # Neither does anything where the body was read to its end and the connection is back in the pool.
+            # Where the body was read to its end, the connection is back in the pool and neither does anything.
             response.raw_body.abort()
             response.close()
 
@@ -127,7 +127,7 @@ class Relay:
                 finally:
                     body.resume()
             else:
-                # Paused by `_receive`, and the readers have caught up before this task had its turn.
+                # `_receive` has paused it, and the readers have caught up before this task had its turn.
                 body.resume()
                 await self._news.wait()
 
@@ -140,7 +140,7 @@ class Relay:
         except EventTooLargeError as error:
             self._refuse_event(error)
         except Exception as error:
-            # The event loop called: it would blame the connection. The task raises it.
+            # The event loop has called this and would blame the connection. The task raises it instead.
             self._bug = error
             self._news.open()
             return

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Connections beside the one that waits for what comes: appends, leases, readers' and clients' requests.
 _CONNECTIONS = 4
 
-# Shebang and flags of scripts, and TIME in those that write.
+# Scripts need it, for their shebang and flags, and for TIME in those that write.
 _LEAST_VERSION = (7, 0)
 
 _log = structlog.get_logger("aisse.shared")
@@ -51,7 +51,7 @@ class Shared:
         url = settings.log.get_secret_value()
         self._client = connect(url, _CONNECTIONS, ANSWER_S)
         self._blocking = connect(url, 1, ANSWER_S + BLOCK_S, redis_connect_func=self._reconnected)
-        self._troubles = Troubles()  # of all parts, so that a Redis that is away is one
+        self._troubles = Troubles()  # of all parts together, so that a Redis that is away is one trouble
         self.elsewhere = Elsewhere(table.running)
         """What other instances say of the streams that run here."""
         terms = Terms(settings.log_tick_s, settings.lease_s, settings.retention_s, settings.stream_s)

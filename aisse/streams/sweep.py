@@ -32,6 +32,7 @@ SWEEP_S = 1.0
 # How many records the sweep looks at before other tasks get a turn: it delays no token by more than that.
 _BATCH = 100
 
+# Users filter their logs by this name. It stays, wherever the module is.
 _log = structlog.get_logger("aisse.registry")
 
 

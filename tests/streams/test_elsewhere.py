@@ -1,4 +1,4 @@
-"""Streams of other instances, as one instance sees them: before a Redis that says what the test wants.
+"""What one instance sees of others (elsewhere.py, followed.py, claims.py), before a Redis that says what the test wants.
 
 Whole fleets before real ones are in tests/streams/test_shared.py.
 """

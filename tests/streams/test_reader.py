@@ -1,4 +1,7 @@
-"""Readers that behave badly, the bytes that they get, and what reader.py takes for granted of its libraries."""
+"""Readers that behave badly, and the bytes that they get.
+
+What reader.py, outlet.py and response.py take for granted of their libraries is tested here, too.
+"""
 
 from __future__ import annotations
 
