@@ -1,4 +1,4 @@
-"""What one instance sees of others (elsewhere.py, followed.py, claims.py), before a Redis that says what the test wants.
+"""What one instance sees of others (elsewhere, followed, claims), before a Redis that says what the test wants.
 
 Whole fleets before real ones are in tests/streams/test_shared.py.
 """
