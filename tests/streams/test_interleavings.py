@@ -642,8 +642,8 @@ class Told:
     leave_s: float
     told: float
     expected_until: float = 0.0
-    moves: list[tuple[Instance, float]] = field(default_factory=list)
-    """Which instance has moved readers, and when it told them."""
+    moves: list[tuple[Instance, float, bool]] = field(default_factory=list)
+    """Which instance has moved readers, when it told them, and whether their producer must have known of them."""
     brake: int | None = None
     """How far it had been read when its last reader left, who had been the brake."""
     stalled: bool = False
@@ -655,15 +655,19 @@ class Told:
 
     @property
     def moved_until(self) -> float:
-        """So long readers that were moved are waited for, wherever they were."""
+        """So long at least readers that were moved are waited for, wherever they were."""
         producer = self.generation.instance if self.generation is not None else None
         told = [
             at
-            for instance, at in self.moves
-            # One that dies at once has told nobody.
-            if instance is producer or not instance.dead or (instance.died or at) >= at + HEARD_S
+            for instance, at, known in self.moves
+            # One that dies at once may have told nobody.
+            if known and (instance is producer or not instance.dead or (instance.died or at) >= at + HEARD_S)
         ]
         return max(told) + COME_BACK_S if told else 0.0
+
+    @property
+    def moved_until_at_most(self) -> float:
+        return max((at for _, at, _ in self.moves), default=-COME_BACK_S) + COME_BACK_S + SPREAD_S
 
     def story(self, generation: Generation | None) -> str:
         """Who read it, for whoever reads of a failure."""
@@ -791,6 +795,9 @@ class Fleet:
                 self.fail(f"{text} is generated twice, as {len(self.generations) + 1} beside {other.number}")
         generation = Generation(len(self.generations) + 1, text, prefix, instance, now, self.loop.create_future())
         self.generations.append(generation)
+        for told in self.streams.values():
+            if told.id.startswith(prefix):  # whose id is known elsewhere since its key was claimed
+                told.generation = generation
         return generation
 
     def told(self, stream: str, client: Client) -> None:
@@ -819,10 +826,8 @@ class Fleet:
         told = self.streams[stream]
         since = max(visit.instance.drained_at or 0.0, visit.asked)
         # Of a reader elsewhere its producer has to have heard before.
-        if told.generation is not None and (
-            visit.instance is told.generation.instance or since - (visit.attached or since) >= HEARD_S
-        ):
-            told.moves.append((visit.instance, since))
+        here = told.generation is not None and visit.instance is told.generation.instance
+        told.moves.append((visit.instance, since, here or since - (visit.attached or since) >= HEARD_S))
 
     def got(self, stream: str, frame: Frame) -> None:
         told = self.streams[stream]
@@ -872,7 +877,8 @@ class Fleet:
         now = self.loop.time()
         heard = visit.instance is producer or now - visit.asked >= 2 * HEARD_S
         if stream is not None and visit.wire.full and heard and not producer.draining:
-            if stream.holds_back:
+            # Of one that was elsewhere it may only then be heard how far it has got.
+            if stream.holds_back and visit.instance is producer:
                 told.brake = stream.log.tail
             # Who left a moment ago, elsewhere, may be heard of later.
             others = [each for each in told.visits if each.instance is not visit.instance]
@@ -916,7 +922,8 @@ class Fleet:
             + [
                 min(now, visit.left if visit.left is not None else now)
                 for visit in told.visits
-                if visit.instance is generation.instance
+                # Who has it begun for later is no reader, however late it takes the answer.
+                if (visit.instance is generation.instance and visit.kind != "later")
                 or (visit.attached is not None and (visit.left or now) - visit.attached >= HEARD_S)
             ]
         )
@@ -935,7 +942,7 @@ class Fleet:
         if generation.instance.drained_at is not None or any(visit.left is None for visit in told.visits):
             return
         since = max(visit.left or 0.0 for visit in told.visits)
-        promised = max(since + told.leave_s, told.expected_until, told.moved_until + SPREAD_S)
+        promised = max(since + told.leave_s, told.expected_until, told.moved_until_at_most)
         if now > promised + LATE_S:
             self.fail(f"{told.id}: still paid for, nobody reads it since {since:.3f}")
 
