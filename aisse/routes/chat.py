@@ -94,6 +94,9 @@ class _Chat:
             # The one answer on which a native EventSource stops for good.
             return web.Response(status=204, headers=self._location(stream.id))
         compacted = request.query.get("compact") == "1"
+        # Who knows the id was told of the stream, by another instance if it waits here: with any other status than 200
+        # a native EventSource would give up for good, and never be told how the stream ends.
+        stream.commit()
         return await self._read(request, stream, seq, compacted=compacted, expected=True)
 
     async def stop(self, request: web.Request) -> web.Response:

@@ -664,6 +664,23 @@ async def test_reader_that_raced_and_left_does_not_end_the_other_ones_stream() -
         assert len(upstream.asked) == 1
 
 
+async def test_get_of_a_stream_that_waits_is_answered_at_once_and_told_of_its_refusal() -> None:
+    """Its id is known where another instance has answered who joined it."""
+    async with puppet(silent=True) as upstream, serving(upstream.url) as server:
+        body = json.dumps(prompt("hello")).encode()
+        async with connected(server.address) as asking, connected(server.address) as reading:
+            await asking.send(request("POST", "/api/chat", body))
+            await eventually(lambda: bool(upstream.asked))
+            [stream_id] = server.registry._table.running
+            await reading.send(request("GET", f"/api/chat/{stream_id}"))
+            await eventually(lambda: server.registry.readers == 2)
+            upstream.asked[0].send(head("429 Too Many Requests", "application/json", framing="2"), b"{}")
+            for connection in (reading, asking):
+                answer = await connection.answer()
+                assert answer.status == 200
+                assert reason_of(parse(answer.body)) == "error"
+
+
 async def test_key_is_free_again_after_a_refusal(server: Server, simulator: Simulator) -> None:
     """What was never answered was never billed: trying again has to be possible, with the same key."""
     refused(await ask(server, "POST", "/api/chat", prompt("[[status=529]]"), Idempotency_Key="k"), 503)
