@@ -859,7 +859,8 @@ class Fleet:
                 f"{visit.client.name}: {end.id}: a producer that lives is said to be lost; {told.story(generation)}"
             )
         fine = {"complete", "stopped", "abandoned", "shutdown", "truncated", "producer_lost"}
-        if reason not in fine and not (reason == "error" and (generation is None or generation.refused)):
+        # Of an answer that was withdrawn before it began, who came to it elsewhere is told that it never did.
+        if reason not in fine and not (reason == "error" and (generation is None or not generation.events)):
             self.fail(f"{visit.client.name}: ended as {reason}; {told.story(generation)}")
         if reason == "complete" and (generation is None or end.seq != len(generation.events) + 1):
             self.fail(f"{visit.client.name}: complete, but not all was said")
@@ -944,7 +945,11 @@ class Fleet:
         since = max(visit.left or 0.0 for visit in told.visits)
         promised = max(since + told.leave_s, told.expected_until, told.moved_until_at_most)
         if now > promised + LATE_S:
-            self.fail(f"{told.id}: still paid for, nobody reads it since {since:.3f}")
+            self.fail(
+                f"{told.id}: still paid for, nobody reads it since {since:.3f}, leave {told.leave_s:g} s, "
+                f"moved until {told.moved_until_at_most:.3f}, expected until {told.expected_until:.3f}; "
+                f"{told.story(generation)}"
+            )
 
     def judge_status(self, visit: Visit) -> None:
         client, instance = visit.client, visit.instance
