@@ -218,7 +218,7 @@ def _stalled_rows(stalled: dict[str, Stalled], scale: Scale) -> list[Row]:
             f"< {answer_kib:.0f}",
             ours.upstream_kib(after_eviction=True) < answer_kib if ours else None,
         ),
-        Row("  its own count of them, most / last", {US: _own_count(ours)} if ours else {}),
+        Row("  stalled readers by /health, most / last", {US: _own_count(ours)} if ours else {}),
         Row("  healthy p99 without them, ms", _healthy(stalled, "without")),
         Row("  healthy p99 while they fill, ms", _healthy(stalled, "filling")),
         Row(
