@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gzip
 import json
 import os
 import re
 import socket
 import sys
+import termios
 import tracemalloc
 import zlib
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp.resolver import DefaultResolver
 from asking import ANSWER, OWN, answer, ask, closing, server_side, started
-from conftest import Server, eventually, prompt, serving
+from conftest import Server, eventually, prompt, serving, settled
 from rawupstream import (
     LAST_CHUNK,
     PING,
@@ -594,8 +597,16 @@ async def test_receive_buffer_of_the_setting_is_what_the_kernel_has() -> None:
 # --- generations that nobody wants any more ---------------------------------------------------------------------
 
 
-async def test_upstream_that_does_not_read_its_question_is_gone_at_once() -> None:
-    """A connection that is closed in order would first send all the rest: the upstream would go on, and bill it."""
+async def test_upstream_that_does_not_read_its_question_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is closed in order would first send all that waits, however long the upstream takes nothing."""
+    ours: list[socket.socket] = []
+    make = Upstream._socket
+
+    def noted(self: Upstream, address: tuple[Any, ...]) -> socket.socket:
+        ours.append(make(self, address))
+        return ours[-1]
+
+    monkeypatch.setattr(Upstream, "_socket", noted)
     loop = asyncio.get_running_loop()
     size = 8 << 20
     with socket.socket() as listening:
@@ -608,9 +619,13 @@ async def test_upstream_that_does_not_read_its_question_is_gone_at_once() -> Non
             connection, _ = await loop.sock_accept(listening)
             with connection:
                 connection.setblocking(False)
-                got = len(await loop.sock_recv(connection, 1000))
+                [sock] = ours
+                await eventually(lambda: unsent(sock) > 0)
+                await eventually(settled(lambda: unsent(sock)))
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
+                await eventually(lambda: sock.fileno() < 0)
+                got = 0
                 with contextlib.suppress(ConnectionResetError):
                     async with asyncio.timeout(20):
                         while part := await loop.sock_recv(connection, 1 << 16):
@@ -618,52 +633,94 @@ async def test_upstream_that_does_not_read_its_question_is_gone_at_once() -> Non
     assert got < size
 
 
+def unsent(sock: socket.socket) -> int:
+    """Bytes that the kernel has of what was written, and the peer has not."""
+    count = bytearray(4)
+    fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
+@dataclass
+class Between:
+    """What hands on everything between us and an upstream, until the upstream is to hear nothing any more."""
+
+    url: str
+    mute: asyncio.Event = field(default_factory=asyncio.Event)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when our side of a connection is."""
+
+
+@contextlib.asynccontextmanager
+async def between(upstream: RawUpstream) -> AsyncIterator[Between]:
+    port = int(upstream.url.rpartition(":")[2])
+
+    async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_there, there = await asyncio.open_connection("127.0.0.1", port)
+
+        async def back() -> None:
+            while data := await from_there.read(1 << 16):
+                writer.write(data)
+
+        task = asyncio.create_task(back())
+        try:
+            while data := await reader.read(1 << 16):
+                if not one.mute.is_set():
+                    there.write(data)
+        except ConnectionResetError:
+            pass
+        finally:
+            one.gone.set()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            for each in (writer, there):
+                each.transport.abort()
+
+    listening = await asyncio.start_server(hand_on, "127.0.0.1", 0)
+    one = Between(f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+    async with listening:
+        yield one
+
+
 async def test_upstream_that_says_no_goodbye_over_tls_is_gone_at_once(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until it has, a connection that is closed in order stays open, and the generation goes on."""
-    gone, mute = asyncio.Event(), asyncio.Event()
 
     async def begin(request: Request, connection: Connection) -> None:
         connection.send(head(), chunk(message_start()), chunk(delta("a")))
 
-    async with raw_upstream(begin, tls=server_side(monkeypatch)) as upstream:
-        port = int(upstream.url.rpartition(":")[2])
+    async with (
+        raw_upstream(begin, tls=server_side(monkeypatch)) as upstream,
+        between(upstream) as one,
+        serving(one.url) as server,
+        client.post(server.chat, json=prompt("anything")) as response,
+    ):
+        await response.content.readuntil(b"content_block_delta")
+        one.mute.set()
+        async with client.delete(server.url + response.headers["Content-Location"]) as stopped:
+            assert stopped.status == 204
+        await asyncio.wait_for(one.gone.wait(), 9)  # a goodbye is waited for longer
 
-        async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            """Hands everything on, until the upstream is to hear nothing any more."""
-            from_there, there = await asyncio.open_connection("127.0.0.1", port)
 
-            async def back() -> None:
-                while data := await from_there.read(1 << 16):
-                    writer.write(data)
+async def test_upstream_that_thinks_and_says_no_goodbye_over_tls_is_gone_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same before its answer begins."""
 
-            task = asyncio.create_task(back())
-            try:
-                while data := await reader.read(1 << 16):
-                    if not mute.is_set():
-                        there.write(data)
-            except ConnectionResetError:
-                pass
-            finally:
-                gone.set()
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-                for each in (writer, there):
-                    each.transport.abort()
+    async def think(request: Request, connection: Connection) -> None:
+        await connection.lost.wait()
 
-        listening = await asyncio.start_server(between, "127.0.0.1", 0)
-        url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-        async with (
-            listening,
-            serving(url) as server,
-            client.post(server.chat, json=prompt("anything")) as response,
-        ):
-            await response.content.readuntil(b"content_block_delta")
-            mute.set()
-            async with client.delete(server.url + response.headers["Content-Location"]) as stopped:
-                assert stopped.status == 204
-            await asyncio.wait_for(gone.wait(), 9)  # a goodbye is waited for longer
+    async with (
+        raw_upstream(think, tls=server_side(monkeypatch)) as upstream,
+        between(upstream) as one,
+        started(one.url) as asked,
+    ):
+        asking = asyncio.create_task(asked.open(Question([b"{}"])))
+        await eventually(lambda: bool(upstream.requests))
+        one.mute.set()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await asyncio.wait_for(one.gone.wait(), 9)  # a goodbye is waited for longer
 
 
 # --- failures after the commit are events ---------------------------------------------------------------------

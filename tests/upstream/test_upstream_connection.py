@@ -10,7 +10,7 @@ import random
 import re
 import socket
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from asking import ANSWER, OWN, answer, ask, closing, server_side, started
@@ -18,7 +18,7 @@ from conftest import Server, prompt, serving
 from rawupstream import LAST_CHUNK, Connection, Request, chunk, head, message_start, raw_upstream
 
 from aisse.errors import UpstreamError
-from aisse.upstream.connection import Sending
+from aisse.upstream.connection import Connector, Sending
 from aisse.upstream.question import Question
 
 if TYPE_CHECKING:
@@ -152,6 +152,17 @@ async def test_question_that_waited_too_long_is_not_asked_again(monkeypatch: pyt
         assert len(upstream.requests) == 2
 
 
+async def test_close_counts_as_met_for_a_second() -> None:
+    """What has waited longer may have been generated, and billed."""
+    sending = Sending(Question([b"{}"]))
+    sending.reused = True
+    assert sending.met_a_close()  # not even written whole
+    now = sending._sent = asyncio.get_running_loop().time()
+    assert sending.met_a_close()  # the loop's clock stands within a step
+    sending._sent = now - 1.1
+    assert not sending.met_a_close()
+
+
 async def test_connection_whose_close_has_come_carries_no_question(tls: ssl.SSLContext | None) -> None:
     """It is seen in the moment of asking, before the event loop has looked: nothing is sent, nothing repeated."""
     async with raw_upstream(answer, tls=tls) as upstream, started(upstream.url) as asked:
@@ -174,6 +185,25 @@ async def test_connection_that_said_something_unasked_carries_no_question() -> N
         await upstream.connections[0].delivered()
         await answered(asked)
         assert [connection.requests for connection in upstream.connections] == [1, 1]
+
+
+async def test_bytes_that_come_between_the_look_and_the_question_are_no_answer_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Writing the question gives the event loop a turn, or many."""
+    look = Connector._is_idle
+    unasked = b"".join([head(), chunk(b"data: unasked\n\n"), LAST_CHUNK])
+
+    def before_they_come(self: Connector, protocol: Any) -> bool:
+        idle = look(self, protocol)
+        protocol.data_received(unasked)
+        return idle
+
+    async with raw_upstream(answer) as upstream, started(upstream.url) as asked:
+        await answered(asked)
+        monkeypatch.setattr(Connector, "_is_idle", before_they_come)
+        assert await answered(asked) == b"".join(ANSWER)
+        assert len(upstream.connections) == 2
 
 
 async def test_timeout_said_on_a_reused_connection_is_its_close() -> None:
