@@ -9,7 +9,7 @@ from conftest import eventually
 from mirror_bed import INTERVAL_S, LEASE_S, MirrorBed, ids, mirror_bed, publish, running, turns
 from redis import exceptions
 
-from aisse.replay.producer_scripts import MISSING, Create, Renew
+from aisse.replay.producer_scripts import CLOSED, MISSING, Create, Renew
 
 
 @pytest.fixture
@@ -76,6 +76,32 @@ async def test_stream_that_was_read_elsewhere_is_forgotten_after_its_end(bed: Mi
         assert await bed.mirror.settled(9)
         await bed.renewed()
         assert bed.mirror._leases._read_elsewhere == {other}
+
+
+@pytest.mark.parametrize("said", ["it is closed", "it is missing", "it is read"])
+async def test_stream_that_is_dropped_while_it_is_renewed_is_not_heeded(bed: MirrorBed, said: str) -> None:
+    """One that is missing would have readers of others count that have left: as if Redis had been emptied."""
+    log, other = bed.log(1), bed.log(2)
+    async with running(bed):
+        await bed.steady()
+        bed.elsewhere[other.id] = 1, 0
+        await bed.renewed()
+        told = list(bed.producer.told)
+        bed.redis.held.add(Renew)
+        await bed.renewed()
+        log.discard()
+        match said:
+            case "it is closed":
+                bed.standings[log.id] = CLOSED
+            case "it is missing":
+                bed.standings[log.id] = MISSING
+            case _:
+                bed.elsewhere[log.id] = 1, 0
+        bed.redis.held.clear()
+        await eventually(lambda: len(bed.producer.told) > len(told))
+        bed.elsewhere.clear()
+        await bed.renewed()
+    assert bed.producer.told == [*told, ("read", other.id, 1, 0), ("read", other.id, 0, 0)]
 
 
 async def test_position_elsewhere_counts_no_further_than_the_tail(bed: MirrorBed) -> None:
