@@ -38,8 +38,8 @@ class Follower(Protocol):
     """Whether the reader that left last had bytes waiting for it."""
 
     @property
-    def moved_until(self) -> float:
-        """Until then readers that were moved from here may come back, on the loop's clock."""
+    def awaits_until(self) -> float:
+        """Until then readers that were moved from here, or told of it here, may come; on the loop's clock."""
 
     @property
     def reason(self) -> object:
@@ -138,16 +138,10 @@ class Attendance:
         for at in range(0, max(1, len(some)), _BATCH):
             await self._attend_some(some[at : at + _BATCH])
 
-    async def expect_readers(self, some: list[Followed]) -> set[str]:
-        """Tells of streams that are about to be read, as if they were. Raises RedisError.
-
-        Returns the ids of those that were withdrawn before. Nobody reads them, so nobody needs to be told: they are not
-        followed any more.
-        """
-        withdrawn: set[str] = set()
+    async def expect_readers(self, some: list[Followed]) -> None:
+        """Tells of streams that are about to be read, as if they were. Raises RedisError."""
         for at in range(0, len(some), _BATCH):
-            withdrawn |= await self._attend_some(some[at : at + _BATCH], about_to_be_read=True)
-        return withdrawn
+            await self._attend_some(some[at : at + _BATCH], about_to_be_read=True)
 
     def leave(self, followed: Followed) -> None:
         """A stream is not followed any more: soon it does not count as read here."""
@@ -164,8 +158,7 @@ class Attendance:
     def _has_news(self, followed: Followed) -> bool:
         return followed.stream.furthest - followed.told_position >= self._news_bytes
 
-    async def _attend_some(self, some: list[Followed], *, about_to_be_read: bool = False) -> set[str]:
-        """The ids of those that were withdrawn before anybody read them here."""
+    async def _attend_some(self, some: list[Followed], *, about_to_be_read: bool = False) -> None:
         now = asyncio.get_running_loop().time()
         told = [self._told(each, now, about_to_be_read=about_to_be_read) for each in some]
         begun = time.monotonic()
@@ -179,17 +172,10 @@ class Attendance:
             self._attended = time.monotonic()
             if not answered or self._attended - begun > PROMPT_S:
                 self._catalogue.doubt()
-        withdrawn: set[str] = set()
         for each, here, lease in zip(some, told, attended.leases, strict=True):
             each.told_position = here.position
-            if not self._follows(each):
-                continue  # it has ended, or nobody reads it any more
-            if lease.left_ms is None and lease.over and about_to_be_read and not each.stream.readers:
-                del self._followed[each.keys.entries]
-                withdrawn.add(each.stream.id)
-            else:
+            if self._follows(each):  # it may have ended, or nobody may read it any more
                 await self._judge(each, lease, begun, attended.now_ms)
-        return withdrawn
 
     def _told(self, followed: Followed, now: float, *, about_to_be_read: bool) -> ReadHere:
         stream = followed.stream
@@ -197,7 +183,7 @@ class Attendance:
             followed.keys,
             self._follows(followed) and (about_to_be_read or stream.readers > 0),
             stream.furthest,
-            max(0, round((stream.moved_until - now) * 1000)),
+            max(0, round((stream.awaits_until - now) * 1000)),
             stream.last_reader_stalled,
         )
 

@@ -37,14 +37,17 @@ class Client(Redis):
 
     async def run(self, script: Script[Answer]) -> Answer:
         """Runs it as a whole, or not at all; where no answer comes nobody knows which. Raises RedisError."""
+        return script.read(await self._registered[type(script)](keys=script.keys(), args=script.args()))
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """As redis-py's, for every command and every script."""
         try:
-            said = await self._registered[type(script)](keys=script.keys(), args=script.args())
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         except exceptions.ReadOnlyError:
             # This server was replaced by another, to which its address leads by now.
             with contextlib.suppress(Exception):
                 await self.connection_pool.disconnect(inuse_connections=False)
             raise
-        return script.read(said)
 
     async def load_scripts(self) -> None:
         """Has Redis know all scripts. Without it, each is sent the first time that it is run. Raises RedisError."""

@@ -20,7 +20,7 @@ class ReadHere(NamedTuple):
     position: int
     """Position up to which some reader has got."""
     moved_ms: int
-    """For how long readers that were moved from here may come back."""
+    """For how long readers that were moved from here, or told of the stream here, may come."""
     stalled: bool
     """Whether the last reader left with bytes waiting for it."""
 
@@ -72,8 +72,8 @@ for i = 1, #KEYS, 2 do
       redis.call('PEXPIRE', readers, ARGV[2])
       redis.call('HDEL', state, 'stalled')
       if not known[6] then redis.call('HSET', state, 'read', 1) end
-    elseif redis.call('ZREM', readers, ARGV[1]) == 1 and stalled == '1' then
-      redis.call('HSET', state, 'stalled', 1)
+    elseif redis.call('ZREM', readers, ARGV[1]) == 1 then
+      if stalled == '1' then redis.call('HSET', state, 'stalled', 1) else redis.call('HDEL', state, 'stalled') end
     end
     if tonumber(far) > tonumber(known[4] or 0) then redis.call('HSET', state, 'far', far) end
     if moved > math.max(now, tonumber(known[5] or 0)) then redis.call('HSET', state, 'moved', moved) end

@@ -41,7 +41,7 @@ class Producer(Protocol):
         """
 
     def moved_elsewhere(self, stream_id: str, within_s: float) -> None:
-        """Readers that other instances have moved may come back within so many seconds."""
+        """Readers that other instances have moved, or told of the stream, may come within so many seconds."""
 
     def stop_asked(self, stream_id: str) -> None:
         """Somebody asked another instance to stop the stream."""

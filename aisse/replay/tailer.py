@@ -15,7 +15,7 @@ from redis import exceptions
 
 from aisse.replay.attendance import Attendance, Followed
 from aisse.replay.scripts import StreamKeys
-from aisse.replay.troubles import Attempts
+from aisse.replay.troubles import Attempts, heed_cancellation
 from aisse.sse import is_end, last_seq_of, offset_after
 
 if TYPE_CHECKING:
@@ -103,21 +103,18 @@ class Tailer:
         self._attendance.come_back(followed)
         self._work.set()
 
-    async def hasten(self, stream_ids: Sequence[str]) -> list[bool | None]:
-        """Has streams that are followed since a moment ago count as read here, and come at once.
-
-        None for one that was withdrawn before it counted; it is not followed any more. Raises RedisError.
-        """
+    async def hasten(self, stream_ids: Sequence[str]) -> list[bool]:
+        """Has streams that are followed since a moment ago count as read here, and come at once. Raises RedisError."""
         keys = [StreamKeys(stream_id).entries for stream_id in stream_ids]
         some = [self._followed[key] for key in keys if key in self._followed]
-        withdrawn = await self._attendance.expect_readers(some)
+        await self._attendance.expect_readers(some)
         # The call that waits does not know of them yet, or is on its way to wait.
         waiting = self._round
         while waiting % 2 and waiting == self._round and self._blocking_id is not None:
             if await self._client.client_unblock(self._blocking_id):
                 break
             await asyncio.sleep(_UNBLOCK_AGAIN_S)
-        return [None if stream_id in withdrawn else True for stream_id in stream_ids]
+        return [True] * len(stream_ids)
 
     def unfollow(self, stream: Follower) -> None:
         """Nothing comes any more, and soon it does not count as read here. Idempotent."""
@@ -148,6 +145,7 @@ class Tailer:
         loop = asyncio.get_running_loop()
         tailing = Attempts("tail", self._troubles)
         while True:
+            heed_cancellation()
             if not self._followed:
                 tailing.over()
                 self._work.clear()

@@ -94,10 +94,7 @@ class _Chat:
             # The one answer on which a native EventSource stops for good.
             return web.Response(status=204, headers=self._location(stream.id))
         compacted = request.query.get("compact") == "1"
-        # Who knows the id was told of the stream, by another instance if it waits here: with any other status than 200
-        # a native EventSource would give up for good, and never be told how the stream ends.
-        stream.commit()
-        return await self._read(request, stream, seq, compacted=compacted, expected=True)
+        return await self._read(request, stream, seq, compacted=compacted, knows_id=True, expected=True)
 
     async def stop(self, request: web.Request) -> web.Response:
         """Ends a stream. Idempotent."""
@@ -109,7 +106,7 @@ class _Chat:
         """Clients repeat their POST on a lost connection: it joins, whatever its body, and never starts anything."""
         await read_away(request, self._settings)
         try:
-            return await self._read(request, await self._registry.find(stream_id), seq)
+            return await self._read(request, await self._registry.find(stream_id), seq, knows_id=True)
         except RequestError:
             # The stream may be on the server that follows this one.
             self._registry.admit()
@@ -126,10 +123,17 @@ class _Chat:
             return await registry.create_once((who, key), question, leave_s)
 
     async def _read(
-        self, request: web.Request, stream: Stream, seq: int, *, compacted: bool = False, expected: bool = False
+        self,
+        request: web.Request,
+        stream: Stream,
+        seq: int,
+        *,
+        compacted: bool = False,
+        knows_id: bool = False,
+        expected: bool = False,
     ) -> web.StreamResponse:
         compact = self._format.compact if compacted else None
-        reader = Reader(stream, self._settings, seq, compact=compact, expected=expected)
+        reader = Reader(stream, self._settings, seq, compact=compact, knows_id=knows_id, expected=expected)
         self._farewell.greet(reader)
         with self._registry.reading(reader):
             return await reader.run(request)

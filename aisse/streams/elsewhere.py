@@ -45,7 +45,7 @@ class Elsewhere:
             self.nobody_reads(stream, stalled=stalled)
 
     def moved_elsewhere(self, stream_id: str, within_s: float) -> None:
-        """Readers that other instances have moved may come back within so many seconds."""
+        """Readers that other instances have moved, or told of the stream, may come within so many seconds."""
         if (stream := self._running.get(stream_id)) is not None:
             stream.leave.readers_moved(asyncio.get_running_loop().time() + within_s)
 

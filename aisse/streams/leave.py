@@ -33,11 +33,16 @@ class LeaveTime:
         self._expected_until = 0.0
 
     @property
+    def awaits_until(self) -> float:
+        """Until when somebody may come who was moved, or told of the stream."""
+        return max(self._expected_until, self.moved_until)
+
+    @property
     def ends_at(self) -> float | None:
         """When the stream is to end; None while somebody reads it."""
         if self.unread_since is None:
             return None
-        return max(self.unread_since + self.leave_s, self._expected_until, self.moved_until) + self._grace_s
+        return max(self.unread_since + self.leave_s, self.awaits_until) + self._grace_s
 
     def over(self, now: float) -> bool:
         """Whether the stream is to end at `now`."""

@@ -46,6 +46,7 @@ class Reader:
         "_compact",
         "_control",
         "_expected",
+        "_knows_id",
         "_loop",
         "_off_tail",
         "_outlet",
@@ -68,11 +69,14 @@ class Reader:
         seq: int = 0,
         *,
         compact: Callable[[bytes], bytes] | None = None,
+        knows_id: bool = False,
         expected: bool = False,
     ) -> None:
         """Continues after event `seq`; `compact` merges runs of deltas where the reader is behind (see Format).
 
-        `expected` says that this may be the reader who was told of the stream's URL.
+        `knows_id` is for a client that asks for the stream by its id: it is answered with 200 at once, and told of a
+        failure by an event. With another status a native EventSource would give up for good. `expected` says that this
+        may be the reader who was told of the stream's URL.
 
         At or beyond the end of a stream that has ended, `end` is written again. Beyond the tail of one that runs, the
         reader waits for it: a producer that crashed may have told its readers more than it had put into a shared log.
@@ -80,6 +84,7 @@ class Reader:
         self.stream = stream
         self.position = 0
         self._compact = compact
+        self._knows_id = knows_id
         self._expected = expected
         self._seq = seq
         self._settings = settings
@@ -99,7 +104,10 @@ class Reader:
         stream = self.stream
         stream.attach(self, expected=self._expected)
         try:
-            await stream.answerable(self._settings.first_byte_commit_s)
+            if self._knows_id:
+                stream.known = True
+            else:
+                await stream.answerable(self._settings.first_byte_commit_s)
             response = StreamResponse(stream.id, self._settings)
             try:
                 await self._serve(request, response)

@@ -297,7 +297,7 @@ class Registry:
         else:
             if self._shared is not None:
                 self._shared.claims.withdraw(stream)
-            self._table.drop(stream)
+            self._table.refuse(stream)
         if self._shared is not None:
             self._shared.elsewhere.nobody_reads(stream)
         self.figures.ended(stream, relay.request_id if relay is not None else None)

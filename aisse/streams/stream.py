@@ -107,6 +107,7 @@ class Stream:
         "error",
         "id",
         "key",
+        "known",
         "last_reader_stalled",
         "leave",
         "log",
@@ -143,6 +144,8 @@ class Stream:
         """When it is to end for want of a reader."""
         self.content_events = 0
         self._committed = False
+        self.known = False
+        """Whether somebody knows its id though nobody was answered here: another instance may have given it out."""
         self.last_reader_stalled = False
         """Whether bytes were waiting for the reader that left last."""
         self._readers: set[AttachedReader] = set()

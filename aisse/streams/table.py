@@ -65,10 +65,14 @@ class Table:
         self.kept[stream.id] = stream
         self.memory.used += KEPT_BYTES
 
-    def drop(self, stream: Stream) -> None:
-        """The stream has ended, and nobody here was ever told its id. Its key may be tried again."""
-        self.running.pop(stream.id, None)
-        self._release(stream)
+    def refuse(self, stream: Stream) -> None:
+        """The stream has ended before it began. Its key may be tried again, and it is kept only if its id is known."""
+        self._free_key(stream)
+        if stream.known:
+            self.keep(stream)
+        else:
+            self.running.pop(stream.id, None)
+            self._release(stream)
 
     def was_here(self, stream_id: str) -> bool:
         """Whether a stream of that id was here lately, and is not any more."""
@@ -120,6 +124,9 @@ class Table:
 
     def _release(self, stream: Stream) -> None:
         stream.log.discard()
-        if stream.key is not None:
-            self._keys.pop(stream.key, None)
+        self._free_key(stream)
         self.note_gone(stream.id)
+
+    def _free_key(self, stream: Stream) -> None:
+        if stream.key is not None and self._keys.get(stream.key, (None,))[0] is stream:
+            del self._keys[stream.key]

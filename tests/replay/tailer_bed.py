@@ -40,7 +40,7 @@ class Follower:
         self.reason: object = None
         self.furthest = 0
         self.readers = 1
-        self.moved_until = 0.0
+        self.awaits_until = 0.0
         self.last_reader_stalled = False
         self.ends: list[tuple[bytes, int]] = []
 

@@ -70,7 +70,7 @@ async def test_readers_that_left_are_told_of_with_their_leaving(bed: TailerBed) 
         await bed.attended()
         here = bed.told[-1][follower.id]
         assert (here.moved_ms, here.stalled) == (0, False)
-        follower.moved_until = asyncio.get_running_loop().time() + 12
+        follower.awaits_until = asyncio.get_running_loop().time() + 12
         follower.last_reader_stalled = True
         follower.readers = 0
         bed.tailer.unfollow(follower)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from redis import exceptions
+from redis.asyncio import Redis
 
 from aisse.replay.connection import Client, wrong_url
 from aisse.replay.follower_scripts import Look
@@ -33,11 +34,14 @@ def test_start_is_stopped_by_what_waiting_does_not_mend(error: Exception, wrong:
 async def test_read_only_redis_is_left_for_what_takes_its_address(
     monkeypatch: pytest.MonkeyPatch, *, disconnects: bool
 ) -> None:
-    """Connections that nobody uses at the moment: an answer may still come on the others."""
+    """Connections that nobody uses at the moment: an answer may still come on the others.
+
+    A command alone shows it, too: an instance without streams of its own sends no script that writes.
+    """
     client = Client()
     left: list[dict[str, Any]] = []
 
-    async def refuse(*_: Any) -> None:
+    async def refuse(*_: Any, **_options: Any) -> None:
         raise exceptions.ReadOnlyError
 
     async def disconnect(**options: Any) -> None:
@@ -45,8 +49,11 @@ async def test_read_only_redis_is_left_for_what_takes_its_address(
         if not disconnects:
             raise OSError
 
-    monkeypatch.setattr(client, "evalsha", refuse)
+    monkeypatch.setattr(Redis, "execute_command", refuse)
     monkeypatch.setattr(client.connection_pool, "disconnect", disconnect)
     with pytest.raises(exceptions.ReadOnlyError):
         await client.run(Look("me", ["a"]))
     assert left == [{"inuse_connections": False}]
+    with pytest.raises(exceptions.ReadOnlyError):
+        await client.pexpire("mark", 1000)
+    assert len(left) == 2

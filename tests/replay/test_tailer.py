@@ -135,21 +135,6 @@ async def test_idle_tailer_is_not_woken_by_each_tick(bed: TailerBed, monkeypatch
         assert turned["tail"] <= before["tail"] + 1
 
 
-async def test_stream_that_was_withdrawn_before_it_counted_as_read_is_none(bed: TailerBed) -> None:
-    """Who is about to read it was not answered yet, and can ask for another one."""
-    new, read = Follower(1), Follower(2)
-    new.readers = 0
-    bed.left_ms = {new.id: None, read.id: None}
-    bed.ended = {new.id, read.id}
-    for each in (new, read):
-        bed.tailer.follow(each)
-    assert await bed.tailer.hasten([new.id, read.id]) == [None, True]
-    assert new.ends == []
-    assert len(read.ends) == 1
-    await bed.tailer.leave()
-    assert new.id not in bed.told[-1]
-
-
 async def test_stream_that_is_about_to_be_read_counts_as_read_and_comes_at_once(bed: TailerBed) -> None:
     """The call that waits does not ask for it."""
     old, new = Follower(1), Follower(2)

@@ -669,16 +669,21 @@ async def test_get_of_a_stream_that_waits_is_answered_at_once_and_told_of_its_re
     async with puppet(silent=True) as upstream, serving(upstream.url) as server:
         body = json.dumps(prompt("hello")).encode()
         async with connected(server.address) as asking, connected(server.address) as reading:
-            await asking.send(request("POST", "/api/chat", body))
+            await asking.send(request("POST", "/api/chat", body, {"Idempotency-Key": "k"}))
             await eventually(lambda: bool(upstream.asked))
             [stream_id] = server.registry._table.running
             await reading.send(request("GET", f"/api/chat/{stream_id}"))
             await eventually(lambda: server.registry.readers == 2)
             upstream.asked[0].send(head("429 Too Many Requests", "application/json", framing="2"), b"{}")
-            for connection in (reading, asking):
-                answer = await connection.answer()
-                assert answer.status == 200
-                assert reason_of(parse(answer.body)) == "error"
+            answer = await reading.answer()
+            assert answer.status == 200
+            assert reason_of(parse(answer.body)) == "error"
+            # Who asked gets the real status, and the key is free.
+            assert (await asking.answer()).status == 429
+            state = await ask(server, "GET", f"/api/chat/{stream_id}", Accept="application/json")
+            assert json.loads(state.body)["reason"] == "error"
+            await asking.send(request("POST", "/api/chat", body, {"Idempotency-Key": "k"}))
+            await eventually(lambda: len(upstream.asked) == 2)
 
 
 async def test_key_is_free_again_after_a_refusal(server: Server, simulator: Simulator) -> None:

@@ -258,6 +258,47 @@ async def test_stream_whose_time_is_over_while_it_is_brought_is_unknown(monkeypa
         assert b.shared.following.get(ID) is None
 
 
+@pytest.mark.parametrize("read", [False, True])
+async def test_stream_that_is_withdrawn_while_it_is_brought(monkeypatch: pytest.MonkeyPatch, read: bool) -> None:
+    """Who asked for it may find its key free. Who reads it meanwhile is told its end, and does not wait for ever."""
+    async with bed(monkeypatch) as b:
+        b.is_there(count=0)
+        reading: list[Reading] = []
+
+        def withdrawn(call: Attend) -> Attended:
+            for each in call.streams:
+                stream = b.shared.following.get(each.keys.id)
+                if read and stream is not None and not reading:
+                    reading.append(Reading(stream))
+            return Attended(1000, [Lease(None, 0, True)] * len(call.streams))
+
+        b.redis.answers[Attend] = withdrawn
+        if read:
+            assert await b.registry.find(ID) is reading[0]._stream
+            assert reading[0]._stream.reason is Reason.ERROR
+        else:
+            with pytest.raises(UnknownStreamError):
+                await b.registry.find(ID)
+            assert b.registry.replay_bytes == 0
+        assert b.shared.following.get(ID) is None
+
+
+async def test_first_readers_who_were_told_of_a_stream_elsewhere_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its producer would otherwise end it before they have come, where nobody else reads it."""
+    async with bed(monkeypatch) as b:
+        b.is_there()
+        told: list[int] = []
+
+        def attend(call: Attend) -> Attended:
+            told.extend(stream.moved_ms for stream in call.streams)
+            return b.attend(call)
+
+        b.redis.answers[Attend] = attend
+        stream = await b.registry.find(ID)
+        stream.leave.expect_reader(asyncio.get_running_loop().time() + 10)
+        await eventually(lambda: bool(told) and 9000 < told[-1] <= 10_000)
+
+
 async def test_stream_that_was_only_looked_at_is_let_go_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bed(monkeypatch) as b:
         b.is_there()
